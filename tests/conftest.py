@@ -1,0 +1,35 @@
+"""What the tests share: the repository on the path, a tiny miniature world, the real keyframe where it is there."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("CD_SHARED", ROOT.parent / "shared"))
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes with several threads each are slower than one
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The index cache in a temporary folder, for this process and those that it starts."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Root of a world of 8 training scenes (4 clear, 2 rain, 2 night) and 2 validation layouts, one frame each."""
+    from miniature.world import make_world
+    root = tmp_path_factory.mktemp("world") / "data"
+    make_world(root, seed=7, train=(4, 2, 2), val=2, frames=1, workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real():
+    """Root of one real nuScenes keyframe (v1.0-mini); not part of the repository."""
+    root = SHARED / "real" / "nuscenes"
+    if not root.is_dir():
+        pytest.skip("no real keyframe here")
+    return root

@@ -1,0 +1,286 @@
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from conftest import SHARED
+from errors import InputError
+
+
+def frames_of(root, **options):
+    index = data.load_index(root)
+    defaults = dict(image_size=(80, 160), cloud=data.CLOUD, labels=True)
+    return data.Frames(index, index.select("train"), **(defaults | options))
+
+
+# ---- index ----
+
+def test_real_projection_equals_the_devkit(real):
+    from nuscenes.nuscenes import NuScenes
+    nusc = NuScenes("v1.0-mini", str(real), verbose=False)
+    index = data.load_index(real, "v1.0-mini")
+    assert index.cameras == list(data.CAMERAS)
+    scan = data.read_scan(os.path.join(index.root, index.lidar[0].decode()))
+    for number, camera in enumerate(index.cameras):
+        devkit, devkit_depth, _ = nusc.explorer.map_pointcloud_to_image(nusc.sample[0]["data"]["LIDAR_TOP"],
+                                                                        nusc.sample[0]["data"][camera])
+        visible, pixels, depths = data.project(scan[:, :3], index.cam_from_lidar[0, number], index.intrinsics[0, number],
+                                               index.image_size[0, number])
+        inner = (pixels > 1).all(1)  # the devkit leaves a margin of one pixel at the top and left
+        assert inner.sum() == devkit.shape[1] > 3000
+        # the devkit computes in float32 on global coordinates of some 1000 m
+        np.testing.assert_allclose(pixels[inner][:, ::-1], devkit[:2].T, atol=0.05)
+        np.testing.assert_allclose(depths[inner], devkit_depth, atol=1e-3)
+        assert (np.diff(visible) > 0).all()
+
+
+def test_index_of_the_world(world):
+    index = data.load_index(world)
+    assert {c: len(index.select("train", [c])) for c in data.CONDITIONS} == {"day-clear": 4, "day-rain": 2, "night": 2}
+    assert {c: len(index.select("val", [c])) for c in data.CONDITIONS} == {"day-clear": 2, "day-rain": 2, "night": 2}
+    assert "day-rain" in index.summary() and "lidarseg: yes" in index.summary()
+    assert len(index.select("train", limit=3)) == 3
+    with pytest.raises(InputError, match="no frame of split 'test'"):
+        index.select("test")
+
+
+def test_condition_of_description():
+    names = [data.CONDITIONS[data.condition_of(text)] for text in
+             ("Night, after rain, many cars", "Rain, parked truck", "Heavy RAINfall", "Turn left", "Difficult lighting")]
+    assert names == ["night", "day-rain", "day-rain", "day-clear", "day-clear"]
+
+
+def test_second_start_reads_the_cache_alone(world, monkeypatch):
+    first = data.load_index(world)
+    monkeypatch.setattr(data.subprocess, "run", None)  # what would build it
+    begin = time.time()
+    second = data.load_index(world)
+    assert time.time() - begin < 1
+    np.testing.assert_array_equal(first.cam_from_lidar, second.cam_from_lidar)
+    assert first.image.tolist() == second.image.tolist()
+
+
+def test_wrong_roots_are_named(tmp_path, world):
+    with pytest.raises(InputError, match="not a nuScenes root"):
+        data.load_index(tmp_path)
+    with pytest.raises(InputError, match="no --version v1.0-mini; there is v1.0-trainval"):
+        data.load_index(world, "v1.0-mini")
+
+
+@pytest.mark.parametrize("damage, message", [("missing", "1 of .* missing or empty"), ("cut", "not 20 a point"),
+                                             ("labels", "one label each")])
+def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
+    if damage == "missing":
+        sorted((root / "samples" / "CAM_FRONT").iterdir())[0].unlink()
+    elif damage == "cut":
+        scan.write_bytes(scan.read_bytes()[:-7])
+    else:
+        labels = sorted((root / "lidarseg" / "v1.0-trainval").iterdir())[0]
+        labels.write_bytes(labels.read_bytes()[:-1])
+    with pytest.raises(InputError, match=message):
+        data.load_index(root)
+
+
+def test_damage_after_the_index_was_built_is_named(tmp_path, world):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    frames = frames_of(root)
+    image = os.path.join(root, frames.index.image[frames.rows[0], 0].decode())
+    with open(image, "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(InputError, match="not a readable image"):
+        frames[0, 0]
+    scan = os.path.join(root, frames.index.lidar[frames.rows[1]].decode())
+    with open(scan, "r+b") as file:
+        file.truncate(1003)
+    with pytest.raises(InputError, match="cut short"):
+        frames[0, 1]
+
+
+def test_labels_without_lidarseg_are_refused(tmp_path, world):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    shutil.rmtree(root / "lidarseg")
+    (root / "v1.0-trainval" / "lidarseg.json").unlink()
+    with pytest.raises(InputError, match="no lidarseg"):
+        frames_of(root)
+    assert "labels" not in frames_of(root, labels=False)[0, 0]
+
+
+# ---- one frame ----
+
+def test_project_by_hand():
+    intrinsics = np.array([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]])
+    looking_along_x = np.array([[0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    xyz = np.array([[10, 0, 0],      # in the middle
+                    [10, -2, 1],     # 2 m to the right, 1 m up: 20 columns right, 10 rows up
+                    [0.9, 0, 0],     # nearer than 1 m
+                    [-10, 0, 0],     # behind
+                    [10, -5, 0]])    # column 100, outside of 100 columns
+    visible, pixels, depths = data.project(xyz, looking_along_x, intrinsics, (80, 100))
+    assert visible.tolist() == [0, 1]
+    np.testing.assert_allclose(pixels, [[40, 50], [30, 70]])
+    np.testing.assert_allclose(depths, [10, 10])
+
+
+def test_cells_of_the_published_release():
+    path = SHARED / "golden" / "waffleiron_layernorm.pt"
+    if not path.is_file():
+        pytest.skip("no golden files here")
+    golden = torch.load(path, weights_only=True)
+    for cloud, points in enumerate(golden["points"]):
+        points = np.asarray(points)
+        cells = data.plane_cells(points[:, :3], data.CLOUD["fov"], data.CLOUD["cell"])
+        np.testing.assert_array_equal(cells, golden["cell_ind"][cloud, :, :len(points)])
+        features = data.point_features(points[:, :3], points[:, 3], *data.CLOUD["intensity"])
+        np.testing.assert_allclose(features.T, golden["feats"][cloud, :, :len(points)], atol=1e-5)
+        found = np.sort(data.nearest_neighbors(points[:, :3], 16))
+        same = (found == np.sort(golden["neighbors"][cloud, 1:, :len(points)].numpy().T)).all(1)
+        assert same.mean() > 0.99  # but for ties
+
+
+def test_plane_sizes():
+    assert data.plane_sizes((64, 64, 8), 0.5) == ((256, 256), (256, 32), (256, 32))
+
+
+def test_nearest_neighbors_are_others_and_nearest():
+    rng = np.random.default_rng(0)
+    xyz = rng.normal(size=(200, 3))
+    xyz[50:60] = xyz[40:50]  # coinciding points
+    found = data.nearest_neighbors(xyz, 5)
+    distance = np.linalg.norm(xyz[:, None] - xyz[None], axis=2)
+    np.fill_diagonal(distance, np.inf)
+    assert not (found == np.arange(200)[:, None]).any()
+    np.testing.assert_allclose(np.sort(distance, 1)[:, :5], np.take_along_axis(distance, found, 1))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_small_clouds_have_neighbors(count):
+    found = data.nearest_neighbors(np.random.default_rng(0).normal(size=(count, 3)), 16)
+    assert found.shape == (count, 16) and (found < max(count, 1)).all()
+
+
+def test_one_point_per_voxel():
+    xyz = np.array([[0.01, 0, 0], [0.09, 0, 0], [0.11, 0, 0], [-0.01, 0, 0]])
+    assert data.one_per_voxel(xyz, 0.1).tolist() == [0, 2, 3]  # the first of each voxel
+    drawn = {tuple(data.one_per_voxel(xyz, 0.1, np.random.default_rng(s)).tolist()) for s in range(20)}
+    assert drawn == {(0, 2, 3), (1, 2, 3)}
+
+
+def test_nearest_to_a_point():
+    xyz = np.array([[5.0, 0, 0], [1, 0, 0], [2, 0, 0], [9, 0, 0]])
+    assert data.nearest_to(xyz, np.zeros(3), 2).tolist() == [1, 2]
+
+
+def test_nearest_point_wins_on_a_pixel():
+    pixels = np.array([[3.2, 4.9], [3.7, 4.1], [3.2, 5.0]])
+    assert data.nearest_per_pixel(pixels, np.array([9.0, 7.0, 8.0])).tolist() == [1, 2]
+
+
+def test_rotation_and_flips_keep_geometry():
+    xyz = np.random.default_rng(1).normal(size=(50, 3))
+    determinants = set()
+    for seed in range(30):
+        moved = data.rotate_and_flip(xyz, np.random.default_rng(seed))
+        np.testing.assert_allclose(np.linalg.norm(moved - moved[0], axis=1), np.linalg.norm(xyz - xyz[0], axis=1))
+        np.testing.assert_allclose(moved[:, 2], xyz[:, 2])
+        determinants.add(int(np.sign(np.linalg.det(np.linalg.lstsq(xyz, moved, rcond=None)[0]))))
+    assert determinants == {1, -1}  # with and without a flip
+
+
+def test_a_rotated_scan_with_a_rotated_camera_gives_the_same_pixels(world):
+    """Frames of reference: turning the LiDAR's frame and telling the calibration so changes nothing."""
+    index = data.load_index(world)
+    scan = data.read_scan(os.path.join(index.root, index.lidar[0].decode()))[:, :3].astype(float)
+    angle = 0.7
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    before = data.project(scan, index.cam_from_lidar[0, 0], index.intrinsics[0, 0], index.image_size[0, 0])
+    after = data.project(scan @ turn[:3, :3].T, index.cam_from_lidar[0, 0] @ np.linalg.inv(turn), index.intrinsics[0, 0],
+                         index.image_size[0, 0])
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_allclose(before[1], after[1], atol=1e-6)
+
+
+def test_resizing_is_antialiased(tmp_path):
+    stripes = np.zeros((80, 160, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    small = data.read_image(tmp_path / "stripes.png", (20, 40))
+    assert small.shape == (3, 20, 40) and abs(small[:, :, 2:-2].astype(int) - 127).max() < 16
+
+
+# ---- dataset and batch ----
+
+def test_an_item_is_a_function_of_seed_epoch_and_number(world):
+    def same(a, b):
+        return all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) if torch.as_tensor(a[k]).shape ==
+                   torch.as_tensor(b[k]).shape else False for k in a)
+    frames = frames_of(world, training=True, augment=True, seed=3)
+    assert same(frames[2, 1], frames_of(world, training=True, augment=True, seed=3)[2, 1])
+    assert not same(frames[2, 1], frames[3, 1])
+    assert not same(frames[2, 1], frames_of(world, training=True, augment=True, seed=4)[2, 1])
+    plain = frames_of(world)
+    assert same(plain[0, 1], plain[5, 1])  # nothing random in evaluation
+
+
+def test_item_shapes_and_values(world):
+    item = frames_of(world)[0, 0]
+    n = len(item["pixels"])
+    assert n > 500
+    assert item["image"].shape == (3, 80, 160) and item["image"].dtype == torch.uint8
+    assert item["feats"].shape == (n, 5) and item["cells"].shape == (3, n) and item["neighbors"].shape == (n, 16)
+    assert item["labels"].shape == item["depths"].shape == (n,) and item["labels"].max() <= 16
+    assert (item["depths"] > 1).all()
+    assert (item["pixels"] >= 0).all() and (item["pixels"] < torch.tensor([80, 160])).all()
+    for plane, (h, w) in zip(item["cells"], data.plane_sizes(data.CLOUD["fov"], data.CLOUD["cell"])):
+        assert plane.min() >= 0 and plane.max() < h * w
+
+
+def test_point_limit_keeps_a_ball(world):
+    frames = frames_of(world, cloud=data.CLOUD | {"max_points": 100})
+    xyz = frames[0, 0]["feats"][:, 1:4]
+    assert len(xyz) == 100
+    everything = frames_of(world)[0, 0]["feats"][:, 1:4]
+    radius = (xyz - xyz.mean(0)).norm(dim=1).max()
+    assert radius < 0.5 * (everything - everything.mean(0)).norm(dim=1).max()
+
+
+def test_depth_items_have_one_point_a_pixel(world):
+    frames = frames_of(world, cloud=None, labels=False, max_depth=30.0)
+    item = frames[0, 0]
+    whole = item["pixels"].floor()
+    assert len(torch.unique(whole, dim=0)) == len(whole) and item["depths"].max() <= 30
+
+
+def test_all_cameras_of_the_real_frame(real):
+    index = data.load_index(real, "v1.0-mini")
+    frames = data.Frames(index, index.select("train"), "all", (224, 448), data.CLOUD)
+    assert len(frames) == 6
+    assert len({len(frames[0, n]["pixels"]) for n in range(6)}) == 6
+    one = data.Frames(index, index.select("train"), "random", (224, 448), data.CLOUD)
+    drawn = {one[epoch, 0]["pixels"].shape[0] for epoch in range(40)}
+    assert len(one) == 1 and len(drawn) == 6
+    with pytest.raises(InputError, match="CAM_FRNT"):
+        data.Frames(index, index.select("train"), "CAM_FRNT")
+
+
+def test_collate_keeps_neighbors_within_their_cloud(world):
+    frames = frames_of(world)
+    items = [frames[0, n] for n in range(3)]
+    batch = data.collate(items)
+    assert batch["image"].shape == (3, 3, 80, 160)
+    assert torch.equal(batch["batch"][batch["neighbors"]], batch["batch"][:, None].expand(-1, 16))
+    for number, item in enumerate(items):
+        rows = batch["batch"] == number
+        assert torch.equal(batch["feats"][rows], item["feats"]) and torch.equal(batch["cells"][:, rows], item["cells"])
+        own = batch["feats"][batch["neighbors"][rows]]
+        assert torch.equal(own, item["feats"][item["neighbors"]])

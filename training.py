@@ -1,0 +1,227 @@
+"""What every script needs and no paper mentions: processes, schedules, batches in order, checkpoints, logs.
+
+There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step), so a
+checkpoint needs no random state and a resumed run is the run that never stopped.
+"""
+import contextlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from errors import InputError
+
+MAY_CHANGE = {"data", "out", "device", "workers", "save_every"}  # arguments that a resumed run may be given anew
+
+
+def add_arguments(parser):
+    """The flags that all training scripts share."""
+    parser.add_argument("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
+    parser.add_argument("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder for last.pth and log.jsonl; a run found there is resumed")
+    parser.add_argument("--limit", type=int, help="use only so many frames, spread evenly (default: all)")
+    parser.add_argument("--steps", type=int, help="train for so many steps instead of --epochs, schedule included")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
+                        help="data-loading processes for each training process (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+def start(args):
+    """Join the process group if torchrun started us, seed the initial weights; returns the device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Run the block in each machine's first process before the others: it builds caches and downloads that they read."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if world() > 1 and not first:
+        dist.barrier()
+    yield
+    if world() > 1 and first:
+        dist.barrier()
+
+
+def sum_over_processes(tensor):
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(count, device):
+    """What to multiply a process's mean over `count` pairs by, so that averaging over processes is the mean over all."""
+    total = sum_over_processes(torch.tensor(float(count), device=device))
+    return count * world() / total.clamp(min=1)
+
+
+def distribute(model, device, **options):
+    """`model` with its gradients averaged over the processes; the model itself if there is only one."""
+    if world() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                                     broadcast_buffers=False, **options)
+
+
+def autocast(device, precision):
+    """bf16 on GPUs unless told otherwise. fp16 is not offered: with BatchNorm and small batches it gives NaN."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=(precision or default_precision(device)) == "bf16")
+
+
+def default_precision(device):
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+# ---- schedule and batches -------------------------------------------------------------------------------------------
+
+def cosine(step, total, peak, end=0.0, warmup=0):
+    """Learning rate at `step` of `total`: linear from 0 to `peak` in `warmup` steps, then a cosine down to `end`."""
+    if step < warmup:
+        return peak * step / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+class Batches:
+    """This process's part of the batches of steps `first` .. `last`-1: lists of (epoch, item number).
+
+    Each epoch is a permutation of the items by (seed, epoch), cut into global batches of `batch`; the rest is dropped.
+    """
+
+    def __init__(self, items, batch, first, last, seed):
+        if batch % world():
+            raise InputError(f"--batch {batch} is the batch over all processes and must be a multiple of their number, "
+                             f"{world()}")
+        if items < batch:
+            raise InputError(f"--batch {batch}: there are only {items} items to draw from; lower it, or raise --limit")
+        self.items, self.batch, self.first, self.last, self.seed = items, batch, first, last, seed
+        self.per_epoch = items // batch
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        local, order = self.batch // world(), None
+        for step in range(self.first, self.last):
+            epoch, place = divmod(step, self.per_epoch)
+            if order is None or place == 0:
+                generator = torch.Generator().manual_seed(1000003 * self.seed + epoch)
+                order = torch.randperm(self.items, generator=generator).tolist()
+            begin = place * self.batch + rank() * local
+            yield [(epoch, number) for number in order[begin:begin + local]]
+
+
+def load(dataset, batches, collate, workers, device):
+    """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=lambda _: torch.set_num_threads(1))
+
+
+def to_device(batch, device):
+    """Tensors of a batch on the device; images become float in [0, 1] there, so that they travel as bytes."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if "image" in batch:
+        batch["image"] = batch["image"].float() / 255
+    return batch
+
+
+def seed_step(seed, step):
+    """Seed this process's random draws (stochastic depth) of one step."""
+    torch.manual_seed((1000003 * seed + step) * 4099 + rank())
+
+
+# ---- checkpoints and logs -------------------------------------------------------------------------------------------
+
+def save(path, content):
+    """Write a checkpoint in the first process, all of it or nothing: to a temporary file, then renamed."""
+    if rank() == 0:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path.with_suffix(".partial"))
+        os.replace(path.with_suffix(".partial"), path)
+
+
+def find_last(args):
+    """The checkpoint of an unfinished or finished run in --out, or None. Raises InputError if it was another run."""
+    path = Path(args.out, "last.pth")
+    if not path.is_file():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        before = checkpoint["args"]
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__}); delete it or choose another --out") from None
+    now = arguments(args)
+    changed = sorted(k for k in now.keys() | before.keys() if k not in MAY_CHANGE and now.get(k) != before.get(k))
+    if changed:
+        raise InputError(f"--out {args.out} holds a run with other arguments ("
+                         + ", ".join(f"--{k.replace('_', '-')} {before.get(k)}, now {now.get(k)}" for k in changed)
+                         + "); repeat them to resume it, or choose another --out")
+    return checkpoint
+
+
+def arguments(args):
+    """The arguments of a run as a checkpoint stores them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+
+
+class Log:
+    """One JSON line an epoch in log.jsonl (first process only), with the epoch's mean loss."""
+
+    def __init__(self, out, device):
+        self.path, self.device = Path(out, "log.jsonl"), device
+        self.begin()
+
+    def begin(self):
+        self.total, self.count, self.time = torch.zeros((), device=self.device), 0, time.time()
+
+    def add(self, loss):
+        self.total += loss.detach().float()
+        self.count += 1
+
+    def mean(self):
+        """Mean loss of this process since the epoch began. Raises FloatingPointError where it is not finite."""
+        mean = self.total.item() / max(1, self.count)
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss is {mean}; last.pth in {self.path.parent} is from before. "
+                                     "Try --precision fp32 or a lower --lr")
+        return mean
+
+    def write(self, **values):
+        loss = sum_over_processes(torch.tensor(self.mean(), device=self.device)).item() / world()
+        line = {**values, "loss": loss, "seconds": round(time.time() - self.time, 1)}
+        if self.device.type == "cuda":
+            line["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.begin()
