@@ -1,0 +1,300 @@
+"""WaffleIron, the 3D encoder: a deep stack of 2D convolutions on planes and MLPs on points.
+
+Puy, Boulch, Marlet, "Using a Waffle Iron for Automotive Point Cloud Semantic Segmentation", ICCV 2023, Sec. 3; at width
+768 with LayerNorm in the blocks as in ScaLR, Sec. 4.1. Weights go from and to the published names: `from_released`,
+`to_released`.
+
+Points are points-first and ragged: the clouds of a batch lie one after the other in `[N, C]` and `batch [N]` says which
+cloud a point is from. Then normalisation and channel mixing are plain layers on rows, flattening points to a plane is
+`index_add`, inflating the plane to points is row indexing, and nothing is padded.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+from errors import InputError
+
+GRIDS = ((256, 256), (256, 32), (256, 32))   # cells (H, W) of the planes with normal axis z, y, x
+
+
+# ---- normalisation --------------------------------------------------------------------------------------------------
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d on rows [N, C] whose training statistics are those of all processes' rows.
+
+    With one process, and in eval(), it is nn.BatchNorm1d. With several (an initialised torch.distributed) it normalises
+    as one process with the whole batch would, on the CPU too, where nn.SyncBatchNorm refuses. All processes must then
+    call it in step, in forward and backward.
+    """
+
+    def forward(self, x):
+        """[N, C] -> [N, C], in x's dtype."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        rows = x.to(self.weight.dtype)
+        # First the mean, then the squares around it: E[x²] - E[x]² loses everything where the mean is large (metres).
+        # Each process counts its own rows: shards need not be equal.
+        total = all_reduce(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        centred = rows - mean
+        var = all_reduce(centred.square().sum(0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        return (centred * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
+
+
+# ---- from points to planes and back ---------------------------------------------------------------------------------
+
+class Window(NamedTuple):
+    """Where each point lies on the cropped planes of a batch. It depends on the cells only: all layers share it."""
+    cell: torch.Tensor      # [N] int64, row of the flattened planes [B * h * w, C]
+    weight: torch.Tensor    # [N, 1] 1 / number of points in the point's cell
+    shape: tuple            # B, h, w
+
+
+def crop_axis(position, batch, clouds, size, crop):
+    """Crop one axis of a grid of `size` cells to what the clouds occupy, plus a margin of one cell.
+
+    position [N], batch [N] -> start [B] of each cloud's window, and the length of all windows. Raises ValueError for a
+    position outside the grid.
+
+    A margin of one is exact for two 3x3 convolutions. Only occupied cells are read; there the second convolution sees
+    the first one's output up to one cell further, all inside the window. That output sees input up to two cells
+    further, where the plane is empty, hence equal to the first convolution's own zero padding. The second one's padding
+    is seen only where the window ends at an occupied cell, and the clamp below allows that only at the grid's border,
+    where the whole plane would be padded too.
+    """
+    low = batch.new_full((clouds,), size).scatter_reduce(0, batch, position, "amin")       # [B]
+    high = batch.new_full((clouds,), -1).scatter_reduce(0, batch, position, "amax")        # [B]
+    first, last, extent = torch.stack([low.min(), high.max(), (high - low).max()]).tolist()
+    if first < 0 or last >= size:
+        raise ValueError(f"cells reach from {first} to {last} on an axis of {size} cells")
+    if not crop:
+        return torch.zeros_like(low), size
+    length = min(size, extent + 3)
+    return (low - 1).clamp(0, size - length), length
+
+
+def plan_window(cells, batch, clouds, grid, crop=True):
+    """The window of one plane: cells [N] = row * W + col on the grid (H, W), batch [N] -> Window."""
+    row, col = cells // grid[1], cells % grid[1]
+    top, h = crop_axis(row, batch, clouds, grid[0], crop)
+    left, w = crop_axis(col, batch, clouds, grid[1], crop)
+    cell = (batch * h + row - top[batch]) * w + col - left[batch]
+    count = cell.new_zeros(clouds * h * w).index_add(0, cell, torch.ones_like(cell))
+    return Window(cell, 1 / count[cell].unsqueeze(1), (clouds, h, w))
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+class Embedding(nn.Module):
+    """A point's own features and its differences to its neighbours, max-pooled: [N, Cin] -> [N, C] (Sec. 3)."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.norm = BatchNorm(in_channels)
+        self.point = nn.Linear(in_channels, channels)
+        self.edges = nn.Sequential(BatchNorm(in_channels), nn.Linear(in_channels, channels, bias=False),
+                                   BatchNorm(channels), nn.ReLU(), nn.Linear(channels, channels, bias=False))
+        self.final = nn.Linear(2 * channels, channels)
+
+    def forward(self, feats, neighbors):
+        n, k = neighbors.shape
+        x = self.norm(feats)
+        edges = (x[neighbors] - x.unsqueeze(1)).flatten(0, 1)               # [N * K, Cin]
+        nearby = self.edges(edges).view(n, k, -1).max(1).values             # [N, C]
+        return self.final(torch.cat([self.point(x), nearby], dim=1))        # [N, C]
+
+
+class SpatialMix(nn.Module):
+    """Depthwise 3x3 convolutions on a plane: [N, C] -> [N, C], what is added to the points."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.norm = norm(channels)
+        self.ffn = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.ReLU(),
+                                 nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
+        self.scale = initial_scale(channels)
+
+    def forward(self, x, window):
+        x = self.norm(x) * window.weight
+        b, h, w = window.shape
+        plane = x.new_zeros(b * h * w, x.shape[1]).index_add(0, window.cell, x)     # a cell holds its points' mean
+        # The permuted view is what PyTorch calls channels_last: the convolutions take it, and give it back, uncopied.
+        plane = self.ffn(plane.view(b, h, w, -1).permute(0, 3, 1, 2))               # [B, C, h, w]
+        # Back to float32 before the points read it, so that the gradients of a cell's points are summed in float32.
+        plane = plane.permute(0, 2, 3, 1).reshape(b * h * w, -1).to(x.dtype)
+        return self.scale * plane.index_select(0, window.cell)
+
+
+class ChannelMix(nn.Module):
+    """An MLP on each point: [N, C] -> [N, C], what is added to the points."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.norm = norm(channels)
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.scale = initial_scale(channels)
+
+    def forward(self, x):
+        return self.scale * self.mlp(self.norm(x))
+
+
+def initial_scale(channels):
+    """A residual's learned scale per channel, U(-1, 1) as in the release (a grouped convolution's default)."""
+    # 48 layers need no smaller one: the default weights of the two layers before it shrink a normalised input enough.
+    return nn.Parameter(torch.empty(channels).uniform_(-1, 1))
+
+
+class WaffleIron(nn.Module):
+    """The 3D encoder; the defaults are WI-48-768 as in ScaLR, with an output for a ViT-S/14.
+
+    in_channels, channels, depth, out_channels: widths and number of layers. norm: "layernorm" or "batchnorm", inside
+    the blocks; the embedding keeps BatchNorm. grids: (H, W) of each plane; layer i works on plane i mod P. drop_path:
+    probability, in training, that a cloud skips a residual branch (ScaLR's fine-tuning: 0.2). `spec` holds these
+    arguments, so that `WaffleIron(**model.spec)` builds the same. `crop = False` turns cropping off: the same result,
+    slower. Raises ValueError for another norm.
+    """
+
+    def __init__(self, in_channels=5, channels=768, depth=48, out_channels=384, norm="layernorm", grids=GRIDS,
+                 drop_path=0.0):
+        super().__init__()
+        norms = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
+        if norm not in norms:
+            raise ValueError(f"norm is {norm!r}, not one of {', '.join(norms)}")
+        self.spec = dict(in_channels=in_channels, channels=channels, depth=depth, out_channels=out_channels, norm=norm,
+                         grids=tuple(map(tuple, grids)), drop_path=drop_path)
+        self.crop = True
+        self.embed = Embedding(in_channels, channels)
+        self.spatial_mix = nn.ModuleList(SpatialMix(channels, norms[norm]) for _ in range(depth))
+        self.channel_mix = nn.ModuleList(ChannelMix(channels, norms[norm]) for _ in range(depth))
+        self.head = nn.Linear(channels, out_channels)
+
+    def forward(self, feats, cells, neighbors, batch):
+        """feats [N, Cin], cells [P, N], neighbors [N, K], batch [N] -> [N, Cout].
+
+        cells[p] is row * W + col on plane p of the cloud's own grid; neighbors index rows of the whole batch and do not
+        contain the point itself; all int64. Raises ValueError for a cell outside its grid.
+        """
+        return self.head(self.features(feats, cells, neighbors, batch))
+
+    def features(self, feats, cells, neighbors, batch):
+        """What the linear head is put on; arguments as for forward -> [N, channels], float32 under autocast too."""
+        clouds = int(batch.max()) + 1
+        windows = [plan_window(plane, batch, clouds, grid, self.crop)
+                   for plane, grid in zip(cells, self.spec["grids"], strict=True)]
+        # Under autocast the layers give bfloat16, but the residual stream stays in float32: 96 sums pass through it.
+        x = self.embed(feats, neighbors).to(feats.dtype)
+        for i, (spatial_mix, channel_mix) in enumerate(zip(self.spatial_mix, self.channel_mix)):
+            x = x + self.drop_path(spatial_mix(x, windows[i % len(windows)]), batch, clouds)
+            x = x + self.drop_path(channel_mix(x), batch, clouds)
+        return x
+
+    def drop_path(self, branch, batch, clouds):
+        """Stochastic depth (Huang et al., 2016): one draw per cloud, as a cloud is what one image is elsewhere."""
+        keep = 1 - self.spec["drop_path"]
+        if not self.training or keep == 1:
+            return branch
+        kept = torch.rand(clouds, device=branch.device) < keep
+        return branch * (kept / keep)[batch].unsqueeze(1)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+RENAMED = {"embed.point.": "embed.conv1.", "embed.edges.": "embed.conv2.", "spatial_mix.": "waffleiron.spatial_mix.",
+           "channel_mix.": "waffleiron.channel_mix.", "head.": "classif."}   # ours: published; other names are equal
+
+
+def published(name, shape):
+    """Name and shape of one of our tensors as the releases of WaffleIron and ScaLR have it."""
+    for ours, theirs in RENAMED.items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    if name.endswith(".scale"):
+        return name + ".weight", (*shape, 1, 1)
+    if len(shape) == 2:      # our linear layers are convolutions there: over points, or over neighbours and points
+        return name, (*shape, 1, 1) if name.startswith("embed.conv2.") else (*shape, 1)
+    return name, tuple(shape)
+
+
+def check_fit(state, expected, subject):
+    """Raise InputError, naming the first five differences, unless the tensors in state have these {name: shape}."""
+    wrong = [f"missing {name}" for name in expected if name not in state]
+    wrong += [f"unexpected {name}" for name in state if name not in expected]
+    wrong += [f"{name} has shape {tuple(getattr(state[name], 'shape', ()))} instead of {tuple(shape)}"
+              for name, shape in expected.items() if name in state and getattr(state[name], "shape", None) != shape]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{subject}: {'; '.join(wrong[:5])}{more}")
+
+
+def to_released(model):
+    """The weights and statistics of a WaffleIron in the published names and shapes: a state dict, sharing memory."""
+    state = {}
+    for ours, value in model.state_dict().items():
+        name, shape = published(ours, value.shape)
+        state[name] = value.reshape(shape)
+    return state
+
+
+def from_released(state_dict, grids=GRIDS):
+    """A WaffleIron with published weights; its sizes and norm are inferred from names and shapes.
+
+    state_dict: {published name: tensor} of the ReLU model with one linear head `classif`, `module.` prefixes allowed.
+    grids: as for WaffleIron; they are not in the weights. Raises InputError, naming the first five differences, for
+    missing or unexpected names and wrong shapes.
+    """
+    subject = ("these weights are not those of a published WaffleIron (plain ReLU model, one linear head 'classif'); "
+               "give the state dict itself, for ScaLR the entry 'model_point'")
+    if not isinstance(state_dict, dict):
+        raise InputError(f"{subject}: this is a {type(state_dict).__name__}")
+    state = {str(name).removeprefix("module."): value for name, value in state_dict.items()}
+    sizes = [tuple(getattr(state.get(name), "shape", ())) for name in ("embed.conv1.weight", "classif.weight")]
+    if [len(size) for size in sizes] != [3, 3]:
+        raise InputError(f"{subject}: embed.conv1.weight and classif.weight must have three dimensions, "
+                         f"there are {sizes[0]} and {sizes[1]}")
+    (channels, in_channels, _), (out_channels, _, _) = sizes
+    layers = {name.split(".")[2] for name in state if name.startswith("waffleiron.spatial_mix.")}
+    norm = "batchnorm" if "waffleiron.spatial_mix.0.norm.running_mean" in state else "layernorm"
+    # On the meta device the model costs nothing until the names and shapes are known to fit.
+    with torch.device("meta"):
+        model = WaffleIron(in_channels, channels, len(layers), out_channels, norm, grids)
+    check_fit(state, {name: value.shape for name, value in to_released(model).items()}, subject)
+    model.to_empty(device="cpu")
+    model.load_state_dict({name: state[published(name, value.shape)[0]].reshape(value.shape)
+                           for name, value in model.state_dict().items()})
+    return model
+
+
+def load_waffleiron(path):
+    """A stage-1 checkpoint (or the folder of its `last.pth`) -> (WaffleIron on the CPU, the whole checkpoint).
+
+    The checkpoint is a dict with the model's arguments under "waffleiron" and its state dict under "model". Raises
+    InputError, naming the path and the way out, where the file is missing or holds something else.
+    """
+    path = Path(path)
+    file = path / "last.pth" if path.is_dir() else path
+    remedy = "give a checkpoint of stage1.py or the folder it wrote it to"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; {remedy}")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        spec, state = checkpoint["waffleiron"], checkpoint["model"]
+        with torch.device("meta"):
+            model = WaffleIron(**spec)
+        state = dict(state)
+    except Exception as error:      # whatever torch.load, the lookups or the constructor make of somebody else's file
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{file}: not a stage-1 checkpoint ({type(error).__name__}: {reason}); {remedy}") from error
+    check_fit(state, {name: value.shape for name, value in model.state_dict().items()},
+              f'{file}: its weights do not fit its "waffleiron" arguments; {remedy}')
+    model.to_empty(device="cpu")
+    model.load_state_dict(state)
+    return model, checkpoint
