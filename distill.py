@@ -1,0 +1,59 @@
+"""The maths of collaborative distillation: pairs of pixel and point features, and the loss with its direction.
+
+Stage 1 and stage 2 share this module unchanged; only the side that receives the gradient is switched
+(collaborative-distillation paper, Sec. 3.1 and 3.2, Eq. 1 and 2; ScaLR, Sec. 3.2, Eq. 1).
+"""
+import torch
+import torch.nn.functional as F
+
+DIRECTIONS = ("2d_to_3d", "3d_to_2d")
+
+
+def sample_features(maps, pixels, batch, image_size):
+    """Pixel features: bilinear samples of feature maps at the pixels of projected points.
+
+    Equal to up-sampling the maps to the image (bilinear, align_corners=True) and reading the pixels, without ever making
+    the up-sampled map.
+
+    Args:
+        maps: [B, D, h, w] feature maps of the image encoder.
+        pixels: [M, 2] (row, col) in the image of size `image_size`; may be fractional; clamped to the image.
+        batch: [M] the image of each pixel.
+        image_size: (H, W).
+    Returns: [M, D].
+    """
+    _, dim, h, w = maps.shape
+    last = pixels.new_tensor([h - 1, w - 1])
+    place = pixels / (pixels.new_tensor(image_size) - 1) * last  # the corners of image and map coincide
+    place = torch.minimum(place.clamp(min=0), last)
+    corner = torch.minimum(place.floor(), (last - 1).clamp(min=0))
+    down, right = (place - corner).unsqueeze(2).unbind(1)  # [M, 1] weights of the lower and of the right neighbour
+    row, col = corner.long().unbind(1)
+    below, beside = (row + 1).clamp(max=h - 1), (col + 1).clamp(max=w - 1)
+
+    cells = maps.permute(0, 2, 3, 1).reshape(-1, dim)  # [B h w, D]
+    start = batch * (h * w)
+    return ((1 - down) * (1 - right) * cells[start + row * w + col]
+            + (1 - down) * right * cells[start + row * w + beside]
+            + down * (1 - right) * cells[start + below * w + col]
+            + down * right * cells[start + below * w + beside])  # [M, D]
+
+
+def distillation_loss(pixel_features, point_features, direction):
+    """Mean distance of L2-normalised pixel and point features (Eq. 1 and 2).
+
+    Args:
+        pixel_features: [M, D], g in the paper. point_features: [M, D], f in the paper.
+        direction: "2d_to_3d": the pixels teach the points (stage 1). "3d_to_2d": the points teach the pixels (stage 2).
+    Returns: a float32 scalar in [0, 2]: 0 for equal directions (with a zero gradient), about sqrt(2) for unrelated ones, 0 for M = 0.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}, not one of {DIRECTIONS}")
+    if direction == "2d_to_3d":
+        pixel_features = pixel_features.detach()
+    else:
+        point_features = point_features.detach()
+    g = F.normalize(pixel_features.float(), dim=1)
+    f = F.normalize(point_features.float(), dim=1)
+    # vector_norm has the subgradient 0 at 0, where sqrt(sum of squares) gives NaN
+    return torch.linalg.vector_norm(g - f, dim=1).sum() / max(1, len(g))

@@ -1,0 +1,83 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill import distillation_loss, sample_features
+
+
+def test_samples_equal_the_up_sampled_map():
+    torch.manual_seed(0)
+    maps = torch.randn(3, 7, 6, 11, dtype=torch.double)
+    size = (48, 88)
+    upsampled = F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+    batch = torch.randint(3, (500,))
+    row, col = torch.randint(48, (500,)), torch.randint(88, (500,))
+    row[:2], col[:2] = torch.tensor([0, 47]), torch.tensor([0, 87])  # corners
+    sampled = sample_features(maps, torch.stack([row, col], 1).double(), batch, size)
+    torch.testing.assert_close(sampled, upsampled[batch, :, row, col])
+
+
+def test_fractional_pixels_equal_grid_sample_and_the_border_is_clamped():
+    maps = torch.randn(1, 4, 5, 9)
+    pixels = torch.rand(200, 2) * torch.tensor([42.0, 82.0]) - 1  # some outside of 40 x 80
+    grid = torch.stack([2 * pixels[:, 1] / 79 - 1, 2 * pixels[:, 0] / 39 - 1], 1)[None, None]
+    oracle = F.grid_sample(maps, grid, align_corners=True, padding_mode="border")[0, :, 0].T
+    torch.testing.assert_close(sample_features(maps, pixels, torch.zeros(200, dtype=torch.long), (40, 80)), oracle,
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_a_map_of_one_cell():
+    maps = torch.randn(2, 4, 1, 1)
+    out = sample_features(maps, torch.tensor([[0.0, 3.0], [5.0, 1.0]]), torch.tensor([1, 0]), (8, 8))
+    torch.testing.assert_close(out, maps[[1, 0], :, 0, 0])
+
+
+@pytest.mark.parametrize("direction", ["2d_to_3d", "3d_to_2d"])
+def test_gradient_reaches_only_the_student(direction):
+    pixels = torch.randn(20, 8, requires_grad=True)
+    points = torch.randn(20, 8, requires_grad=True)
+    distillation_loss(pixels, points, direction).backward()
+    student, teacher = (points, pixels) if direction == "2d_to_3d" else (pixels, points)
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("direction", ["2d_to_3d", "3d_to_2d"])
+def test_zero_with_a_finite_gradient_at_equality(direction):
+    pixels = torch.randn(20, 8, requires_grad=True)
+    points = (3 * pixels).detach().requires_grad_()  # the length does not matter
+    loss = distillation_loss(pixels, points, direction)
+    assert loss.item() < 1e-6
+    exact = pixels.detach().clone().requires_grad_()
+    loss = distillation_loss(exact, exact.detach().clone().requires_grad_(), direction)
+    assert loss.item() == 0
+    loss.backward()
+    if direction == "3d_to_2d":
+        assert torch.isfinite(exact.grad).all()
+
+
+def test_zero_features_give_finite_gradients():
+    points = torch.zeros(4, 8, requires_grad=True)
+    distillation_loss(torch.randn(4, 8), points, "2d_to_3d").backward()
+    assert torch.isfinite(points.grad).all()
+
+
+def test_values_by_hand():
+    g = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    f = torch.tensor([[0.0, 1.0], [-5.0, 0.0], [0.0, 1.0]])  # orthogonal, opposite, equal
+    assert distillation_loss(g, f, "2d_to_3d").item() == pytest.approx((math.sqrt(2) + 2 + 0) / 3)
+
+
+def test_unrelated_features_are_at_square_root_of_two():
+    torch.manual_seed(0)
+    assert distillation_loss(torch.randn(2000, 384), torch.randn(2000, 384), "3d_to_2d").item() == pytest.approx(2**0.5, abs=0.01)
+
+
+def test_no_pairs_and_wrong_direction():
+    empty = torch.zeros(0, 8, requires_grad=True)
+    loss = distillation_loss(torch.zeros(0, 8), empty, "2d_to_3d")
+    loss.backward()
+    assert loss.item() == 0
+    with pytest.raises(ValueError, match="direction"):
+        distillation_loss(torch.zeros(1, 8), torch.zeros(1, 8), "both")
