@@ -1,0 +1,195 @@
+"""Metrics by condition, and the table that sets probes side by side.
+
+    python eval.py runs/probe-a runs/probe-b                                # evaluate what is not yet, print the table
+    torchrun --nproc_per_node 4 eval.py runs/probe-a runs/probe-b           # the same, on 4 GPUs
+
+Each probe is evaluated once on the validation split, into results.json beside its last.pth. The table is printed and written
+to OUT.md and OUT.json. Collaborative-distillation paper, Sec. 4.2 and C.3.
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import training
+from data import CLASSES, CONDITIONS, Frames, collate, load_index
+from distill import sample_features
+from errors import InputError, one_line_errors
+from models import load_checkpoint, load_image_encoder
+from waffleiron import BatchNorm, load_waffleiron
+
+NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
+MIN_DEPTH, MAX_DEPTH = 0.1, 80.0  # metres; md4all's protocol
+COLUMNS = ("full", *CONDITIONS)
+
+
+# ---- metrics: pure functions ------------------------------------------------------------------------------------------
+
+def confusion_matrix(prediction, truth, classes):
+    """Counts [classes, classes], row = truth, column = prediction, of class numbers 0..classes-1 [N] each."""
+    return torch.bincount(truth * classes + prediction, minlength=classes**2).view(classes, classes)
+
+
+def class_iou(confusion):
+    """IoU [C] of each class; NaN for a class that is neither in the truth nor predicted."""
+    confusion = confusion.double()
+    hits = confusion.diagonal()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def mean_iou(confusion, left_out=()):
+    """Mean IoU over the classes that occur in truth or prediction, without the class numbers `left_out`."""
+    iou = class_iou(confusion)
+    iou[list(left_out)] = torch.nan
+    return iou.nanmean().item()
+
+
+def depth_sums(prediction, truth, batch, images):
+    """What RMSE needs of each image, [images, 2]: sum of squared errors in square metres, and number of points."""
+    error = (prediction.clamp(MIN_DEPTH, MAX_DEPTH) - truth).double() ** 2
+    sums = torch.zeros(images, 2, dtype=torch.double, device=error.device)
+    return sums.index_add_(0, batch, torch.stack([error, torch.ones_like(error)], 1))
+
+
+def rmse(sums):
+    """(mean over images of an image's RMSE, RMSE over all points) in metres, from `depth_sums` of the images [I, 2]."""
+    squares, counts = sums[sums[:, 1] > 0].unbind(1)
+    return (squares / counts).sqrt().mean().item(), (squares.sum() / counts.sum()).sqrt().item()
+
+
+# ---- one probe ----------------------------------------------------------------------------------------------------------
+
+def load_probe(path, device):
+    """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None)."""
+    probe = load_checkpoint(path, "probe")
+    args = probe["args"]
+    if probe["task"] == "seg3d":
+        encoder, stage1 = load_waffleiron(args["encoder"])
+    else:
+        encoder, stage1 = load_image_encoder(args["encoder"], args["weights"], args["hub"], args["feature"]), None
+    linear = nn.Linear(probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1)
+    head = nn.Sequential(BatchNorm(probe["dim"]) if probe["head"] == "batchnorm" else nn.Identity(), linear)
+    head.load_state_dict(probe["model"])
+    return probe, encoder.to(device).eval(), head.to(device).eval(), stage1 and stage1["cloud"]
+
+
+@torch.no_grad()
+def predict(task, encoder, head, batch, image_size):
+    """The probe's outputs [N, 16] or [N, 1] at a batch's points."""
+    if task == "seg3d":
+        features = encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
+    else:
+        features = sample_features(encoder(batch["image"]), batch["pixels"], batch["batch"], image_size)
+    return head(features.float())
+
+
+def evaluate(path, device, data=None, workers=2, batch_size=16, split="val", limit=None):
+    """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}.
+
+    IoU in percent, RMSE in metres. The frames are dealt out over the processes and the counts summed.
+    """
+    probe, encoder, head, cloud = load_probe(path, device)
+    task, args, image_size = probe["task"], probe["args"], probe["image_size"]
+    with training.first_process_first():
+        index = load_index(data or args["data"], args["version"])
+    frames = Frames(index, index.select(split, limit=limit), args["cameras"], image_size and tuple(image_size), cloud,
+                    labels=task != "depth", max_depth=MAX_DEPTH if task == "depth" else None)
+    mine = range(training.rank(), len(frames), training.world())
+    order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
+
+    classes = len(CLASSES) - 1
+    confusion = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long, device=device)
+    sums = torch.zeros(len(frames), 3, dtype=torch.double, device=device)  # squared error, points, condition
+    for numbers, batch in zip(order, tqdm(training.load(frames, order, collate, workers, device), f"evaluate {path}",
+                                          disable=training.rank() > 0, mininterval=2)):
+        batch = training.to_device(batch, device)
+        with training.autocast(device, args["precision"]):
+            outputs = predict(task, encoder, head, batch, image_size)
+        if task == "depth":
+            places = [number for _, number in numbers]
+            sums[places, :2] = depth_sums(outputs[:, 0].float(), batch["depths"], batch["batch"], len(numbers))
+            sums[places, 2] = batch["condition"].double()
+        else:
+            for number in range(len(CONDITIONS)):
+                chosen = (batch["labels"] > 0) & (batch["condition"] == number)[batch["batch"]]
+                confusion[number] += confusion_matrix(outputs[chosen].argmax(1), batch["labels"][chosen] - 1, classes)
+
+    training.sum_over_processes(sums if task == "depth" else confusion)
+    result = {"run": str(path), "task": task, "encoder": args["encoder"], "step": probe["step"], "split": split,
+              "images": len(frames)}
+    here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
+    if task == "depth":
+        pairs = {"full": rmse(sums[:, :2])} | {CONDITIONS[n]: rmse(sums[sums[:, 2] == n, :2]) for n in here}
+        return result | {"RMSE": {name: pair[0] for name, pair in pairs.items()},
+                         "RMSE_points": {name: pair[1] for name, pair in pairs.items()}}
+    night = [CLASSES.index(name) - 1 for name in NOT_AT_NIGHT]
+    parts = {"full": confusion.sum(0)} | {CONDITIONS[n]: confusion[n] for n in here}
+    return result | {
+        "mIoU": {name: 100 * mean_iou(part, night if name == "night" else ()) for name, part in parts.items()},
+        "IoU": {name: {c: round(100 * v, 2) for c, v in zip(CLASSES[1:], class_iou(part).tolist()) if v == v}
+                for name, part in parts.items()}}
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------
+
+def table(results):
+    """Markdown: a row per probe; in brackets the difference to the first row of the same task."""
+    lines = []
+    for tasks, metric, unit, digits in ((("seg", "seg3d"), "mIoU", "%", 1), (("depth",), "RMSE", "m", 2)):
+        rows = [r for r in results if r["task"] in tasks]
+        if not rows:
+            continue
+        arrow = "higher is better" if metric == "mIoU" else "lower is better"
+        lines += ["", f"| {metric} [{unit}], {arrow} | task | " + " | ".join(COLUMNS) + " |",
+                  "|---|---|" + "---:|" * len(COLUMNS)]
+        for row in rows:
+            first = next(r for r in rows if r["task"] == row["task"])
+            cells = []
+            for column in COLUMNS:
+                value, base = row[metric].get(column), first[metric].get(column)
+                cell = "not run" if value is None else f"{value:.{digits}f}"
+                if row is not first and value is not None and base is not None:
+                    cell += f" ({value - base:+.{digits}f})"
+                cells.append(cell)
+            lines.append(f"| {row['run']} | {row['task']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("probes", nargs="+", help="folders that probe.py wrote")
+    parser.add_argument("--data", help="nuScenes root (default: the probe's)")
+    parser.add_argument("--out", default="runs/table", help="the table goes to OUT.md and OUT.json (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="evaluate even where results.json is there")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    args = parser.parse_args(argv)
+    args.seed = 0
+    device = training.start(args)
+    results = []
+    for path in map(Path, args.probes):
+        if not (path / "last.pth").is_file():
+            raise InputError(f"{path}: no last.pth there; it must be a folder that probe.py wrote")
+        stored = path / "results.json"
+        if stored.is_file() and stored.stat().st_mtime >= (path / "last.pth").stat().st_mtime and not args.again:
+            result = json.loads(stored.read_text())
+        else:
+            result = evaluate(path, device, args.data, args.workers)
+            if training.rank() == 0:
+                stored.write_text(json.dumps(result, indent=1))
+        results.append(result)
+    if training.rank() == 0:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{args.out}.md").write_text(table(results) + "\n")
+        Path(f"{args.out}.json").write_text(json.dumps(results, indent=1))
+        print(table(results))
+        print(f"\nwritten: {args.out}.md, {args.out}.json")
+
+
+if __name__ == "__main__":
+    main()

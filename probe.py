@@ -1,0 +1,208 @@
+"""Linear probes of a frozen encoder: segmentation and depth at the pixels of projected points, segmentation in 3D.
+
+Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplement B.3. The bare command is the paper's run:
+
+    torchrun --nproc_per_node 4 probe.py --data /data/nuscenes --encoder runs/s2 --task seg --out runs/probe-cd
+    python probe.py --data /data/nuscenes --encoder dinov2_vits14 --task depth --out runs/probe-depth     # without stage 2
+    python probe.py --data /data/nuscenes --encoder runs/s1 --task seg3d --out runs/probe-3d              # stage 1's WaffleIron
+
+Writes OUT/last.pth and OUT/log.jsonl, and resumes from there; `python eval.py OUT ...` evaluates and prints the table.
+"""
+import argparse
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import training
+from data import CLASSES, Frames, collate, load_index
+from distill import sample_features
+from errors import one_line_errors
+from models import load_image_encoder
+from waffleiron import BatchNorm, load_waffleiron
+
+MAX_DEPTH = 80.0  # metres; md4all's protocol
+
+# The papers' hyper-parameters by task (C.3; seg3d: ScaLR supplement B.3). lr and end_lr: peak and end of the cosine.
+PAPER = {
+    "seg": dict(cameras="all", epochs=10, batch=4, lr=5e-4, end_lr=0.0, warmup=0, weight_decay=1e-4, head="linear"),
+    "depth": dict(cameras="CAM_FRONT", epochs=10, batch=16, lr=1e-2, end_lr=0.0, warmup=0, weight_decay=1e-4, head="linear"),
+    "seg3d": dict(cameras="all", epochs=20, batch=8, lr=1e-3, end_lr=1e-5, warmup=2, weight_decay=3e-3, head="batchnorm"),
+}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_arguments(parser)
+    add = parser.add_argument
+    add("--task", choices=PAPER, required=True, help="seg: 16 classes; depth: metres; seg3d: 16 classes on WaffleIron's features")
+    add("--encoder", required=True, help="an encoder's name or stage 2's folder; for seg3d stage 1's folder")
+    add("--weights", help="file with the encoder's weights, or 'random' (default: the released ones)")
+    add("--hub", help="local clone of the encoder's repository (default: torch.hub over the network)")
+    add("--feature", choices=("prenorm", "norm"), help="(default: the encoder's)")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="(default: 224 448, C.3, or the checkpoint's)")
+
+    def by_task(name):
+        return ", ".join(f"{task} {row[name]}" for task, row in PAPER.items())
+    add("--cameras", help=f"all or a channel (default: {by_task('cameras')})")
+    add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
+    add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
+    add("--lr", type=float, help=f"peak learning rate (default: {by_task('lr')})")
+    add("--end-lr", type=float, help=f"learning rate at the end of the cosine (default: {by_task('end_lr')})")
+    add("--warmup", type=float, help=f"epochs from 0 to --lr (default: {by_task('warmup')})")
+    add("--weight-decay", type=float, help=f"of AdamW (default: {by_task('weight_decay')})")
+    add("--head", choices=("linear", "batchnorm"), help="a linear layer, or BatchNorm before it, which makes the learning rate "
+        f"matter less (default: {by_task('head')})")
+    add("--cache", action="store_true", help="keep the frozen features in memory, in half precision, and compute them once; "
+        "turns the augmentation of seg3d off")
+    args = parser.parse_args(argv)
+    for name, value in PAPER[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+# ---- maths ------------------------------------------------------------------------------------------------------------
+
+def lovasz_softmax(probabilities, labels):
+    """Lovász-softmax loss (Berman et al., CVPR 2018): the convex extension of 1 - IoU, mean over the classes present.
+
+    Args: probabilities [N, C], labels [N] in 0..C-1. Returns: a scalar in [0, 1]; 0 for N = 0.
+    """
+    truth = F.one_hot(labels, probabilities.shape[1]).to(probabilities)  # [N, C]
+    present = truth.any(0)
+    if not present.any():
+        return probabilities.sum() * 0
+    truth, probabilities = truth[:, present], probabilities[:, present]
+    errors, order = (truth - probabilities).abs().sort(0, descending=True)
+    truth = truth.gather(0, order)
+    # Jaccard loss of the set of the k largest errors, for each k; the loss weighs each error by the set's increment
+    total = truth.sum(0)
+    jaccard = 1 - (total - truth.cumsum(0)) / (total + (1 - truth).cumsum(0))
+    weights = torch.cat([jaccard[:1], jaccard.diff(dim=0)])
+    return (errors * weights).sum(0).mean()
+
+
+def probe_loss(task, outputs, batch):
+    """Cross-entropy + Lovász on the labelled points, or the mean squared error of depth in square metres."""
+    if task == "depth":
+        return F.mse_loss(outputs[:, 0], batch["depths"], reduction="sum") / max(1, len(outputs)), len(outputs)
+    labelled = batch["labels"] > 0
+    outputs, labels = outputs[labelled], batch["labels"][labelled] - 1
+    cross_entropy = F.cross_entropy(outputs, labels, reduction="sum") / max(1, len(labels))
+    return cross_entropy + lovasz_softmax(outputs.softmax(1), labels), len(labels)
+
+
+# ---- frozen features --------------------------------------------------------------------------------------------------
+
+class Cached(torch.utils.data.Dataset):
+    """The items of `frames` with the frozen encoder's features [N, D] in place of the inputs, computed once, in fp16."""
+
+    def __init__(self, frames, features, workers, device):
+        order = [[(0, n) for n in range(start, min(start + 16, len(frames)))] for start in range(0, len(frames), 16)]
+        self.items = []
+        for batch in tqdm(training.load(frames, order, collate, workers, device), "features",
+                          disable=training.rank() > 0, mininterval=2):
+            batch = training.to_device(batch, device)
+            batch["features"] = features(batch).half()
+            kept = {name: batch[name].cpu() for name in ("features", "pixels", "labels", "depths") if name in batch}
+            counts = torch.bincount(batch["batch"].cpu(), minlength=len(batch["condition"])).tolist()
+            parts = {name: values.split(counts) for name, values in kept.items()}
+            self.items += [{"condition": condition} | {name: parts[name][n].clone() for name in parts}
+                           for n, condition in enumerate(batch["condition"].tolist())]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        return self.items[key[1]]
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    device = training.start(args)
+    checkpoint = training.find_last(args)
+
+    # ---- data and frozen encoder ----
+    with training.first_process_first():
+        index = load_index(args.data, args.version)
+        if args.task == "seg3d":
+            encoder, stage1 = load_waffleiron(args.encoder)
+            image_size, cloud, dim = None, stage1["cloud"], encoder.spec["channels"]
+        else:
+            encoder = load_image_encoder(args.encoder, args.weights, args.hub, args.feature)
+            image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", (224, 448)), None, encoder.dim
+            image_size = encoder.check_size(image_size)
+    if training.rank() == 0:
+        print(index.summary(), flush=True)
+    encoder = encoder.to(device).eval().requires_grad_(False)
+    frames = Frames(index, index.select("train", limit=args.limit), args.cameras, image_size, cloud,
+                    training=not args.cache, augment=cloud is not None and not args.cache, labels=args.task != "depth",
+                    max_depth=MAX_DEPTH if args.task == "depth" else None, seed=args.seed)
+
+    def features(batch):
+        """Features [N, D] at the points."""
+        with torch.no_grad(), training.autocast(device, args.precision):
+            if args.task == "seg3d":
+                return encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
+            return sample_features(encoder(batch["image"]), batch["pixels"], batch["batch"], image_size)
+
+    if args.cache:
+        frames, workers = Cached(frames, features, args.workers, device), 0
+    else:
+        workers = args.workers
+    total = args.steps or len(frames) // args.batch * args.epochs
+    first = checkpoint["step"] if checkpoint else 0
+    batches = training.Batches(len(frames), args.batch, first, total, args.seed)
+    loader = training.load(frames, batches, collate, workers, device)
+
+    # ---- head ----
+    outputs = 1 if args.task == "depth" else len(CLASSES) - 1
+    linear = nn.Linear(dim, outputs)
+    nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+    head = nn.Sequential(BatchNorm(dim) if args.head == "batchnorm" else nn.Identity(), linear).to(device)
+    model = training.distribute(head, device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    warmup = min(round(args.warmup * batches.per_epoch), total // 10)
+
+    # ---- resume ----
+    if checkpoint:
+        head.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        print(f"{args.out}: going on from step {first} of {total}", flush=True)
+
+    # ---- loop ----
+    log = training.Log(args.out, device)
+    bar = tqdm(loader, f"probe {args.task}", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
+    for step, batch in enumerate(bar, first):
+        lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = training.to_device(batch, device)
+        frozen = batch["features"] if args.cache else features(batch)  # [N, D]
+        loss, count = probe_loss(args.task, model(frozen.float()), batch)
+        loss = loss * training.share(count, device)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        log.add(loss)
+        done = step + 1
+        if done % 50 == 0:
+            bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
+        if done % batches.per_epoch == 0 or done == total:
+            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
+        if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
+            training.save(os.path.join(args.out, "last.pth"), {
+                "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head,
+                "dim": dim, "image_size": image_size, "optimizer": optimizer.state_dict(), "step": done,
+                "args": training.arguments(args)})
+    if training.rank() == 0:
+        print(f"next: python eval.py {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Stage 1, pre-alignment: WaffleIron and a linear head learn a frozen image encoder's features on clear days.
+
+Collaborative-distillation paper, Sec. 3.1; the loss and the recipe are ScaLR's. The bare command is the paper's run:
+
+    torchrun --nproc_per_node 4 stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1     # N GPUs
+    python stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1                          # one GPU
+    python stage1.py ... --device cpu --channels 64 --depth 4 --limit 100 --steps 20                      # a try on a CPU
+
+Writes OUT/last.pth and OUT/log.jsonl; started again with the same arguments, it goes on from last.pth.
+"""
+import argparse
+import os
+
+import torch
+from tqdm import tqdm
+
+import training
+from data import CLOUD, CONDITIONS, Frames, collate, load_index, plane_sizes
+from distill import distillation_loss, sample_features
+from errors import one_line_errors
+from models import load_image_encoder
+from waffleiron import WaffleIron
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_arguments(parser)
+    add = parser.add_argument
+    add("--encoder", default="dinov2_vits14", help="image encoder: a name that `python models.py` lists, or a checkpoint")
+    add("--weights", help="file with the encoder's weights, or 'random' (default: the released ones)")
+    add("--hub", help="local clone of the encoder's repository (default: torch.hub over the network)")
+    add("--feature", choices=("prenorm", "norm"), help="feature to distil, before or after the final LayerNorm "
+        "(default: the encoder's; prenorm for DINOv2, ScaLR supplement B.2)")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"),
+        help="images are resized to this (default: 224 448, Sec. 4.1, or what the encoder's checkpoint says)")
+    add("--channels", type=int, default=768, help="width of WaffleIron (default: %(default)s, Sec. 4.1)")
+    add("--depth", type=int, default=48, help="layers of WaffleIron (default: %(default)s, ScaLR Sec. 4.1)")
+    add("--norm", choices=("layernorm", "batchnorm"), help="in WaffleIron's layers (default: layernorm at width 768, else "
+        "batchnorm; ScaLR Sec. 4.1)")
+    add("--fov", type=float, nargs=3, default=CLOUD["fov"], metavar=("X", "Y", "Z"),
+        help="half extents of WaffleIron's planes in metres (default: 64 64 8, ScaLR supplement B.2)")
+    add("--cell", type=float, default=CLOUD["cell"], help="their cells' side in metres (default: %(default)s, same)")
+    add("--voxel", type=float, default=CLOUD["voxel"], help="one point per voxel of this side in metres (default: %(default)s)")
+    add("--max-points", type=int, default=CLOUD["max_points"], help="points of a view at most (default: %(default)s)")
+    add("--neighbors", type=int, default=CLOUD["neighbors"], help="of a point in the embedding (default: %(default)s, same)")
+    add("--conditions", nargs="+", choices=CONDITIONS, default=["day-clear"],
+        help="frames to learn from (default: day-clear, Sec. 3.1, Assumption 1)")
+    add("--cameras", default="random", help="of a frame: random (one, drawn anew each epoch), all, or a channel "
+        "(default: %(default)s, ScaLR Sec. 3.1)")
+    add("--epochs", type=int, default=49, help="(default: %(default)s, Sec. 4.1)")
+    add("--batch", type=int, default=8, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s, Sec. 4.1)")
+    add("--end-lr", type=float, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
+    add("--warmup", type=int, default=3500, help="steps from 0 to --lr, at most a tenth of the run (default: %(default)s, "
+        "ScaLR supplement B.2)")
+    add("--weight-decay", type=float, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    device = training.start(args)
+    checkpoint = training.find_last(args)
+
+    # ---- data ----
+    with training.first_process_first():
+        index = load_index(args.data, args.version)
+        encoder = load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device).eval()
+    if training.rank() == 0:
+        print(index.summary(), flush=True)
+    image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", (224, 448)))
+    cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
+                     "neighbors": args.neighbors}
+    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size, cloud,
+                    training=True, augment=True, seed=args.seed)
+    total = args.steps or len(frames) // args.batch * args.epochs
+    first = checkpoint["step"] if checkpoint else 0
+    batches = training.Batches(len(frames), args.batch, first, total, args.seed)
+    loader = training.load(frames, batches, collate, args.workers, device)
+
+    # ---- model ----
+    encoder.requires_grad_(False)
+    norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
+    waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=encoder.dim, norm=norm,
+                            grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
+    model = training.distribute(waffleiron, device)
+
+    # ---- optimizer ----
+    optimizer = torch.optim.AdamW(waffleiron.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    warmup = min(args.warmup, total // 10)
+
+    # ---- resume ----
+    if checkpoint:
+        waffleiron.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        print(f"{args.out}: going on from step {first} of {total}", flush=True)
+
+    # ---- loop ----
+    log = training.Log(args.out, device)
+    bar = tqdm(loader, "stage 1", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
+    for step, batch in enumerate(bar, first):
+        training.seed_step(args.seed, step)
+        lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = training.to_device(batch, device)
+        with training.autocast(device, args.precision):
+            with torch.no_grad():
+                maps = encoder(batch["image"])  # [B, D, h, w]
+                pixel_features = sample_features(maps, batch["pixels"], batch["batch"], image_size)  # [M, D]
+            point_features = model(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])  # [M, D]
+        loss = distillation_loss(pixel_features, point_features, "2d_to_3d")
+        loss = loss * training.share(len(point_features), device)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        log.add(loss)
+        done = step + 1
+        if done % 50 == 0:
+            bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
+        if done % batches.per_epoch == 0 or done == total:
+            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
+        if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
+            training.save(os.path.join(args.out, "last.pth"), {
+                "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
+                "cloud": cloud, "encoder": source_of(args), "image_size": image_size,
+                "optimizer": optimizer.state_dict(), "step": done, "args": training.arguments(args)})
+
+
+def source_of(args):
+    """The arguments of `load_image_encoder` that give this run's encoder again, wherever stage 2 is started."""
+    def absolute(path):
+        return os.path.abspath(path) if path and os.path.exists(path) else path
+    return {"name_or_path": absolute(args.encoder), "weights": absolute(args.weights), "hub": absolute(args.hub),
+            "feature": args.feature}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+import itertools
+
+import pytest
+import torch
+
+from probe import lovasz_softmax, probe_loss
+
+
+def jaccard_loss(wrong, truth):
+    """1 - IoU of a binary prediction that errs exactly on `wrong`, from its definition on sets."""
+    truth, wrong = set(truth), set(wrong)
+    predicted = (truth - wrong) | (wrong - truth)
+    return 1 - len(truth & predicted) / len(truth | predicted) if truth | predicted else 0.0
+
+
+def lovasz_extension(errors, truth):
+    """The Lovász extension from its definition: sum over sorted errors of m_k (J({1..k}) - J({1..k-1}))."""
+    order = sorted(range(len(errors)), key=lambda i: -errors[i])
+    return sum(errors[i] * (jaccard_loss(order[:k + 1], truth) - jaccard_loss(order[:k], truth))
+               for k, i in enumerate(order))
+
+
+def test_lovasz_equals_its_definition():
+    torch.manual_seed(0)
+    for _ in range(20):
+        probabilities = torch.randn(7, 4, dtype=torch.double).softmax(1)
+        labels = torch.randint(3, (7,))  # class 3 never occurs: left out
+        expected = [lovasz_extension([(float(i in members) - probabilities[i, c].item()).__abs__() for i in range(7)], members)
+                    for c in range(4) for members in [[i for i in range(7) if labels[i] == c]] if members]
+        assert lovasz_softmax(probabilities, labels).item() == pytest.approx(sum(expected) / len(expected))
+
+
+def test_lovasz_of_hard_predictions_is_one_minus_iou():
+    for prediction in itertools.product(range(2), repeat=4):
+        labels = torch.tensor([0, 0, 1, 1])
+        hard = torch.nn.functional.one_hot(torch.tensor(prediction), 2).double()
+        by_class = [jaccard_loss([i for i in range(4) if (prediction[i] == c) != (labels[i] == c)],
+                                 [i for i in range(4) if labels[i] == c]) for c in range(2)]
+        assert lovasz_softmax(hard, labels).item() == pytest.approx(sum(by_class) / 2)
+
+
+def test_no_labelled_points():
+    outputs = torch.zeros(5, 16, requires_grad=True)
+    loss, count = probe_loss("seg", outputs, {"labels": torch.zeros(5, dtype=torch.long)})
+    loss.backward()
+    assert loss.item() == 0 and count == 0 and torch.isfinite(outputs.grad).all()
+
+
+def test_ignored_points_do_not_matter():
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(30, 16), torch.randint(0, 17, (30,))
+    labelled = labels > 0
+    loss, count = probe_loss("seg", outputs, {"labels": labels})
+    alone, _ = probe_loss("seg", outputs[labelled], {"labels": labels[labelled]})
+    assert loss.item() == pytest.approx(alone.item()) and count == labelled.sum()
+
+
+def test_depth_loss_is_the_mean_squared_error():
+    loss, count = probe_loss("depth", torch.tensor([[3.0], [5.0]]), {"depths": torch.tensor([1.0, 2.0])})
+    assert loss.item() == pytest.approx((4 + 9) / 2) and count == 2
