@@ -199,24 +199,24 @@ def _check_files(root, frames):
 
 def read_scan(path):
     """A nuScenes scan `[N, 4]`: x, y, z [m], intensity 0..255."""
-    values = _read_binary(path, np.float32)
-    if len(values) == 0 or len(values) % 5:
-        raise InputError(f"{path}: {4 * len(values)} bytes are not whole points of 5 floats: the file is cut short; "
+    content = _read(path)
+    if len(content) == 0 or len(content) % 20:
+        raise InputError(f"{path}: {len(content)} bytes are not whole points of 5 floats: the file is cut short; "
                          f"extract it again")
-    return values.reshape(-1, 5)[:, :4]
+    return np.frombuffer(content, np.float32).reshape(-1, 5)[:, :4]
 
 
 def read_labels(path, coarse, count):
     """Classes `[count]` (index into CLASSES, 0 ignored) of a lidarseg file."""
-    values = _read_binary(path, np.uint8)
+    values = np.frombuffer(_read(path), np.uint8)
     if len(values) != count:
         raise InputError(f"{path}: {len(values)} labels for {count} points; extract it again")
     return coarse[values]
 
 
-def _read_binary(path, dtype):
+def _read(path):
     try:
-        return np.fromfile(path, dtype)
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; extract the dataset again") from None
 

@@ -12,14 +12,13 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import training
 from data import CLASSES, CONDITIONS, Frames, collate, load_index
 from distill import sample_features
 from errors import InputError, one_line_errors
-from models import load_checkpoint, load_image_encoder
+from models import linear_head, load_checkpoint, load_image_encoder
 from waffleiron import BatchNorm, load_waffleiron
 
 NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
@@ -71,8 +70,7 @@ def load_probe(path, device):
         encoder, stage1 = load_waffleiron(args["encoder"])
     else:
         encoder, stage1 = load_image_encoder(args["encoder"], args["weights"], args["hub"], args["feature"]), None
-    linear = nn.Linear(probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1)
-    head = nn.Sequential(BatchNorm(probe["dim"]) if probe["head"] == "batchnorm" else nn.Identity(), linear)
+    head = linear_head(probe["head"], probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1, BatchNorm)
     head.load_state_dict(probe["model"])
     return probe, encoder.to(device).eval(), head.to(device).eval(), stage1 and stage1["cloud"]
 

@@ -3,6 +3,7 @@
 There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step), so a
 checkpoint needs no random state and a resumed run is the run that never stopped.
 """
+import atexit
 import contextlib
 import json
 import math
@@ -34,7 +35,7 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
+# ---- processes ----
 
 def start(args):
     """Join the process group if torchrun started us, seed the initial weights; returns the device."""
@@ -49,15 +50,18 @@ def start(args):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     torch.manual_seed(args.seed)
     return device
 
 
 def rank():
+    """Number of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -94,14 +98,11 @@ def distribute(model, device, **options):
 
 def autocast(device, precision):
     """bf16 on GPUs unless told otherwise. fp16 is not offered: with BatchNorm and small batches it gives NaN."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=(precision or default_precision(device)) == "bf16")
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def default_precision(device):
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-# ---- schedule and batches -------------------------------------------------------------------------------------------
+# ---- schedule and batches ----
 
 def cosine(step, total, peak, end=0.0, warmup=0):
     """Learning rate at `step` of `total`: linear from 0 to `peak` in `warmup` steps, then a cosine down to `end`."""
@@ -158,7 +159,7 @@ def seed_step(seed, step):
     torch.manual_seed((1000003 * seed + step) * 4099 + rank())
 
 
-# ---- checkpoints and logs -------------------------------------------------------------------------------------------
+# ---- checkpoints and logs ----
 
 def save(path, content):
     """Write a checkpoint in the first process, all of it or nothing: to a temporary file, then renamed."""
@@ -194,14 +195,11 @@ def arguments(args):
 
 
 class Log:
-    """One JSON line an epoch in log.jsonl (first process only), with the epoch's mean loss."""
+    """One JSON line an epoch in log.jsonl (first process only), with the mean of the epoch's losses."""
 
     def __init__(self, out, device):
         self.path, self.device = Path(out, "log.jsonl"), device
-        self.begin()
-
-    def begin(self):
-        self.total, self.count, self.time = torch.zeros((), device=self.device), 0, time.time()
+        self.total, self.count, self.time = torch.zeros((), device=device), 0, time.time()
 
     def add(self, loss):
         self.total += loss.detach().float()
@@ -216,12 +214,13 @@ class Log:
         return mean
 
     def write(self, **values):
+        """Write the line and begin the next epoch."""
         loss = sum_over_processes(torch.tensor(self.mean(), device=self.device)).item() / world()
-        line = {**values, "loss": loss, "seconds": round(time.time() - self.time, 1)}
+        values |= {"loss": loss, "seconds": round(time.time() - self.time, 1)}
         if self.device.type == "cuda":
-            line["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            values["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        self.begin()
+                file.write(json.dumps(values) + "\n")
+        self.__init__(self.path.parent, self.device)

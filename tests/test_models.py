@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from errors import InputError
-from models import ENCODERS, ImageEncoder, ViT, load_checkpoint, load_image_encoder
+from models import ENCODERS, ImageEncoder, ViT, Whitening, linear_head, load_checkpoint, load_image_encoder
 
 
 @pytest.fixture
@@ -144,3 +144,21 @@ def test_image_sizes_that_the_patch_does_not_divide():
     assert encoder.check_size([224, 448]) == (224, 448)
     with pytest.raises(InputError, match="230.*224 and 238"):
         encoder.check_size((230, 448))
+
+
+def test_whitened_features_have_unit_covariance_and_the_head_stays_linear():
+    torch.manual_seed(0)
+    features = torch.randn(5000, 6) @ (torch.eye(6) + 0.1 * torch.randn(6, 6)) + 3
+    head = linear_head("whitened", 6, 4)
+    head[0].fit(features)
+    torch.testing.assert_close(torch.cov(head[0](features).T), torch.eye(6), atol=0.02, rtol=0)
+    torch.nn.init.normal_(head[1].weight)
+    a, b = torch.randn(2, 1, 6)
+    torch.testing.assert_close(head(0.3 * a + 0.7 * b), 0.3 * head(a) + 0.7 * head(b), atol=1e-4, rtol=1e-4)
+
+
+def test_a_direction_without_variance_is_not_blown_up():
+    features = torch.randn(1000, 3) * torch.tensor([1.0, 1.0, 0.0])
+    whitening = Whitening(3)
+    whitening.fit(features)
+    assert whitening(features + 1e-3).abs().max() < 10

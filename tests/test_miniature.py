@@ -1,0 +1,108 @@
+"""The stand-in encoder's pre-training and the overview picture; the world itself is tested in test_world.py."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from miniature import overview, pretrain
+from models import ViT, load_image_encoder
+
+
+def test_patches_lie_row_by_row():
+    image = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6).float()
+    patches = pretrain.patches_of(image, 2)
+    assert patches.shape == (2, 6, 12)
+    assert torch.equal(patches[1, 4].view(3, 2, 2), image[1, :, 2:4, 2:4])  # second row, second column
+
+
+def test_the_loss_sees_masked_patches_only():
+    torch.manual_seed(0)
+    vit = ViT(8, 24, 1, 2, 2, grid=(2, 4))
+    model = pretrain.MaskedAutoencoder(vit, 8, masked=0.75, raw=0.3, decorrelate=0.0)
+    image = torch.randn(1, 3, 16, 32)
+    torch.manual_seed(1)
+    hidden = torch.rand(1, 8).argsort(1)[0, 2:]
+    seen = [n for n in range(8) if n not in hidden]
+
+    torch.manual_seed(1)
+    before = model(image)
+    row, col = divmod(seen[0], 4)
+    other = image.clone()
+    other[:, :, 8 * row:8 * row + 8, 8 * col:8 * col + 8] += 1
+    torch.manual_seed(1)
+    assert model(other) != before  # a seen patch is an input
+    with torch.no_grad():
+        model.predict[1].weight.zero_(), model.predict[1].bias.zero_()
+    torch.manual_seed(1)
+    before = model(image)
+    torch.manual_seed(1)
+    assert model(other) == before  # but not a target
+    row, col = divmod(hidden[0].item(), 4)
+    other = image.clone()
+    other[:, :, 8 * row:8 * row + 8, 8 * col:8 * col + 8] *= 3
+    torch.manual_seed(1)
+    assert model(other) != before  # a hidden one is
+
+
+def test_standardised_tokens():
+    torch.manual_seed(0)
+    vit = ViT(8, 24, 1, 2, 2, grid=(2, 4))
+    images = torch.randn(80, 3, 16, 32)
+    pretrain.standardise(vit, images)
+    tokens = vit.get_intermediate_layers(images)[0].flatten(0, 1)
+    assert tokens.mean(0).abs().max() < 1e-4 and (tokens.std(0) - 1).abs().max() < 1e-3
+
+
+def test_decorrelation_is_zero_for_independent_features_and_large_for_equal_ones():
+    torch.manual_seed(0)
+    independent = torch.randn(20000, 8)
+    assert pretrain.correlation(independent) < 0.01
+    assert pretrain.correlation(independent[:, :1].repeat(1, 8)) == pytest.approx(7, rel=0.01)
+
+
+def test_crops_stay_inside_and_may_be_the_whole():
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 32).expand(64, 3, 16, 32)
+    crops = pretrain.random_crops(ramp, smallest=0.3)
+    assert crops.shape == ramp.shape and crops.min() >= 0 and crops.max() <= 1
+    slopes = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0])
+    assert (slopes < 0).any() and (slopes > 0).any()  # flipped and not
+    assert slopes.abs().min() > 0.5 and slopes.abs().max() > 0.9  # sqrt(0.3) = 0.55 of a side at least
+    assert torch.allclose(pretrain.random_crops(ramp, smallest=1.0).sort(3).values, ramp, atol=1e-5)
+
+
+def test_pretraining_writes_an_encoder(world, tmp_path, capsys):
+    out = tmp_path / "encoder.pth"
+    pretrain.main(["--data", str(world), "--out", str(out), "--epochs", "2", "--batch", "2"])
+    encoder = load_image_encoder(str(out))
+    assert encoder.spec["image_size"] == (80, 160) and encoder(torch.rand(1, 3, 80, 160)).shape == (1, 96, 10, 20)
+    assert "4 images, 4 steps" in capsys.readouterr().out
+
+
+def test_the_shipped_encoder_is_small_and_loads():
+    path = overview.Path(__file__).parent.parent / "miniature" / "encoder.pth"
+    assert path.stat().st_size < 4e6
+    encoder = load_image_encoder(str(path))
+    assert torch.isfinite(encoder(torch.rand(1, 3, 80, 160))).all()
+
+
+def test_pca_colours_are_joint():
+    maps = [torch.randn(5, 2, 3), torch.randn(5, 2, 3)]
+    maps[1][:, 0, 0] = maps[0][:, 1, 2]  # equal features in two maps get the same colour
+    a, b = overview.pca_colours(maps)
+    assert a.shape == (2, 3, 3) and 0 <= a.min() and a.max() <= 1
+    np.testing.assert_allclose(b[0, 0], a[1, 2])
+
+
+def test_overview_has_a_row_per_condition_and_six_panels(world, tmp_path, monkeypatch):
+    import probe
+    drawn = []
+    subplots = overview.plt.subplots
+    monkeypatch.setattr(overview.plt, "subplots", lambda *a, **k: drawn.append(a) or subplots(*a, **k))
+    path = str(overview.Path(__file__).parent.parent / "miniature" / "encoder.pth")
+    probe.main(["--data", str(world), "--task", "seg", "--encoder", path, "--out", str(tmp_path / "p"), "--steps", "2",
+                "--workers", "0", "--device", "cpu"])
+    overview.main([str(tmp_path / "p"), str(tmp_path / "p"), "--out", str(tmp_path / "overview.png")])
+    assert drawn == [(3, 6)]
+    picture = np.asarray(Image.open(tmp_path / "overview.png"))
+    assert picture.shape[1] > 1500 and picture[..., :3].std() > 30

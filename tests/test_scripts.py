@@ -1,0 +1,267 @@
+"""Each script for two steps: what it writes, stopping and going on, two processes, bad input, defaults."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import demo
+import eval as evaluation
+import probe
+import stage1
+import stage2
+import training
+from conftest import ROOT
+from models import load_image_encoder
+
+SMALL = ["--channels", "16", "--depth", "2", "--fov", "48", "48", "8", "--cell", "1", "--neighbors", "4"]
+RUN = ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--seed", "3"]
+
+
+def stage1_args(world, out, *more):
+    return ["--data", str(world), "--out", str(out), "--encoder", "vit_mini8", "--weights", "random", "--image-size", "80", "160",
+            "--batch", "2", *SMALL, *RUN, *more]
+
+
+def stage2_args(world, first, out, *more):
+    return ["--data", str(world), "--stage1", str(first), "--out", str(out), "--batch", "2", "--lr", "1e-3", *RUN, *more]
+
+
+def probe_args(world, task, encoder, out, *more):
+    return ["--data", str(world), "--task", task, "--encoder", str(encoder), "--out", str(out), "--batch", "2", *RUN, *more]
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def model_of(out):
+    return torch.load(out / "last.pth", weights_only=True)["model"]
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+@pytest.fixture(scope="module")
+def first(world, tmp_path_factory):
+    """A stage 1 of two steps."""
+    out = tmp_path_factory.mktemp("runs") / "s1"
+    stage1.main(stage1_args(world, out, "--steps", "2"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def second(world, first, tmp_path_factory):
+    """A stage 2 of two steps after it."""
+    out = tmp_path_factory.mktemp("runs") / "s2"
+    stage2.main(stage2_args(world, first, out, "--steps", "2"))
+    return out
+
+
+# ---- two steps --------------------------------------------------------------------------------------------------------
+
+def test_stage1_writes_what_stage2_needs(first):
+    checkpoint = torch.load(first / "last.pth", weights_only=True)
+    assert checkpoint["kind"] == "point_encoder" and checkpoint["step"] == 2
+    assert checkpoint["waffleiron"]["channels"] == 16 and checkpoint["waffleiron"]["norm"] == "batchnorm"
+    assert checkpoint["waffleiron"]["out_channels"] == 96 and tuple(checkpoint["image_size"]) == (80, 160)
+    assert checkpoint["cloud"]["cell"] == 1 and checkpoint["encoder"]["name_or_path"] == "vit_mini8"
+    assert 1 < lines(first)[-1]["loss"] < 1.6
+
+
+def test_stage2_moves_the_image_encoder_and_only_it(first, second):
+    before = load_image_encoder("vit_mini8", weights="random").backbone.state_dict()
+    after = load_image_encoder(str(second))
+    assert after.spec["image_size"] == (80, 160)
+    moved = {key for key, value in after.backbone.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"patch_embed.proj.weight", "blocks.3.mlp.fc2.weight", "norm.weight"} <= moved
+    assert 1 < lines(second)[-1]["loss"] < 1.6
+
+
+@pytest.mark.parametrize("task, cache", [("seg", False), ("seg", True), ("depth", False), ("depth", True), ("seg3d", False),
+                                         ("seg3d", True)])
+def test_probe_and_evaluation(world, first, second, tmp_path, task, cache, capsys):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for out in runs:
+        probe.main(probe_args(world, task, first if task == "seg3d" else second, out, "--steps", "2", "--head", "batchnorm",
+                              *(["--cache"] if cache else [])))
+        assert lines(out)[-1]["loss"] > 0
+    evaluation.main([*map(str, runs), "--out", str(tmp_path / "table"), "--workers", "0", "--device", "cpu"])
+    results = json.loads((tmp_path / "table.json").read_text())
+    metric = "RMSE" if task == "depth" else "mIoU"
+    assert set(results[0][metric]) == set(evaluation.COLUMNS) and results[0]["images"] == 6
+    assert results[0][metric] == results[1][metric]  # the same seed, twice
+    assert 0 < results[0][metric]["full"] < 100
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+    assert (runs[0] / "results.json").is_file()
+
+
+def test_cached_features_give_the_same_probe(world, second, tmp_path):
+    for name, more in (("plain", []), ("cached", ["--cache"])):
+        probe.main(probe_args(world, "depth", second, tmp_path / name, "--steps", "3", *more))
+    plain, cached = model_of(tmp_path / "plain"), model_of(tmp_path / "cached")
+    assert 0 < largest_difference(plain, cached) < 1e-3  # half precision
+
+
+# ---- stopped and resumed ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
+def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, script, monkeypatch):
+    def start(out):
+        more = ["--steps", "6", "--save-every", "3"]
+        if script == "stage1":
+            stage1.main(stage1_args(world, out, *more))
+        elif script == "stage2":
+            stage2.main(stage2_args(world, first, out, *more))
+        else:
+            probe.main(probe_args(world, "seg3d", first, out, *more))
+
+    start(tmp_path / "through")
+    save = training.save
+
+    def save_and_stop(path, content):
+        save(path, content)
+        if content["step"] == 3:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "stopped")
+    assert torch.load(tmp_path / "stopped" / "last.pth", weights_only=True)["step"] == 3
+    start(tmp_path / "stopped")
+    assert largest_difference(model_of(tmp_path / "through"), model_of(tmp_path / "stopped")) == 0
+    before = (tmp_path / "stopped" / "log.jsonl").read_text()
+    start(tmp_path / "stopped")  # finished: nothing is done again
+    assert (tmp_path / "stopped" / "log.jsonl").read_text() == before
+
+
+# ---- two processes ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
+def test_two_processes_are_one_with_the_same_global_batch(world, first, second, tmp_path, script):
+    def command(out):
+        more = ["--steps", "3", "--batch", "4"]
+        return {"stage1": stage1_args(world, out, *more), "stage2": stage2_args(world, first, out, *more, "--lr", "1e-4"),
+                "probe": probe_args(world, "depth", second, out, *more, "--head", "batchnorm")}[script]
+
+    getattr(sys.modules[__name__], script).main(command(tmp_path / "one"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           f"{script}.py", *command(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = model_of(tmp_path / "one"), model_of(tmp_path / "two")
+    # Adam divides by the gradient's size: rounding differences of a gradient near zero reach the size of a step
+    typical = {"stage1": 2e-3, "stage2": 1e-4, "probe": 1e-2}[script]
+    mean = torch.cat([(one[k].double() - two[k].double()).abs().flatten() for k in one if "num_batches" not in k]).mean()
+    assert mean < 0.01 * typical
+    assert lines(tmp_path / "two")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], rel=1e-4)
+
+
+def test_evaluation_sums_over_processes(world, second, tmp_path):
+    for task in ("seg", "depth"):
+        probe.main(probe_args(world, task, second, tmp_path / task, "--steps", "2"))
+    evaluate = ["eval.py", str(tmp_path / "seg"), str(tmp_path / "depth"), "--workers", "0", "--device", "cpu", "--again", "--out"]
+    evaluation.main([*evaluate[1:], str(tmp_path / "one")])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *evaluate,
+                           str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one[0]["IoU"] == two[0]["IoU"]
+    assert one[1]["RMSE"] == pytest.approx(two[1]["RMSE"])
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------------
+
+def fails_with_one_line(capsys, main, argv):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line and "it/s" not in line and "?" not in line[-12:]]
+    assert len(err) == 1, err
+    return err[0]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "not a nuScenes root" in fails_with_one_line(capsys, stage1.main, stage1_args(tmp_path, out))
+    args = stage1_args(world, out)
+    args[args.index("vit_mini8")] = "vit_mini9"
+    assert "did you mean vit_mini8" in fails_with_one_line(capsys, stage1.main, args)
+    assert "no such file" in fails_with_one_line(capsys, stage2.main, stage2_args(world, tmp_path / "none", out))
+    assert "not a stage-1 checkpoint" in fails_with_one_line(capsys, stage2.main, stage2_args(world, second, out))
+    assert "image_encoder is needed" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", first, out))
+    assert "choose another --out" in fails_with_one_line(capsys, stage1.main, stage1_args(world, first, "--steps", "3"))
+    assert "--image-size 81 160" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--image-size", "81", "160"))
+    assert "--batch 99" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--batch", "99"))
+    assert "no last.pth" in fails_with_one_line(capsys, evaluation.main, [str(tmp_path)])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["scan", "image"])
+def test_damaged_files_found_by_a_loading_process_are_one_line(world, tmp_path, damage):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    command = [sys.executable, "stage1.py", *stage1_args(root, tmp_path / "out", "--steps", "2", "--batch", "4", "--workers", "1")]
+    from data import load_index
+    load_index(root)
+    for path in (root / "samples" / ("LIDAR_TOP" if damage == "scan" else "CAM_FRONT")).iterdir():
+        path.write_bytes(path.read_bytes()[:1003])
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(error) == 1 and str(root) in error[0] and "Traceback" not in done.stderr, done.stderr
+
+
+# ---- defaults -----------------------------------------------------------------------------------------------------------
+
+def test_defaults_are_readme_s_table():
+    """Rows of README's table: | script | flag | paper | default |."""
+    rows = re.findall(r"^\| `(stage1|stage2|probe --task \w+)` \| `--([\w-]+)` \| (.+?) \| `(.+?)` \|", (ROOT / "README.md").read_text(),
+                      re.M)
+    assert len(rows) >= 30
+    parsers = {"stage1": lambda: stage1.parse(["--data", "x", "--out", "y"]),
+               "stage2": lambda: stage2.parse(["--data", "x", "--out", "y", "--stage1", "z"])}
+    for script, flag, _, default in rows:
+        if script.startswith("probe"):
+            args = probe.parse(["--data", "x", "--out", "y", "--encoder", "z", "--task", script.split()[-1]])
+        else:
+            args = parsers[script]()
+        value = getattr(args, flag.replace("-", "_"))
+        words = default.split()
+        found = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+        try:
+            assert [float(word) for word in words] == [float(word) for word in found], (script, flag)
+        except ValueError:
+            assert words == found, (script, flag)
+
+
+# ---- the real keyframe --------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_the_paper_s_networks_on_a_real_frame(real, tmp_path):
+    """WI-48-768 and a ViT of 384 channels: two steps of each stage on one camera of one frame, the loss falling."""
+    common = ["--data", str(real), "--version", "v1.0-mini", "--cameras", "CAM_FRONT", "--batch", "1", "--steps", "2", *RUN]
+    stage1.main([*common, "--encoder", "vit_small14", "--weights", "random", "--out", str(tmp_path / "s1")])
+    stage2.main([*common, "--stage1", str(tmp_path / "s1"), "--out", str(tmp_path / "s2"), "--warmup", "0"])
+    for out in ("s1", "s2"):
+        losses = [line["loss"] for line in lines(tmp_path / out)]
+        assert len(losses) == 2 and 0 < losses[1] < losses[0] < 2
+    checkpoint = torch.load(tmp_path / "s1" / "last.pth", weights_only=True)
+    assert sum(v.numel() for k, v in checkpoint["model"].items() if "running" not in k and "num_" not in k) == 59730836
+
+
+# ---- demo ---------------------------------------------------------------------------------------------------------------
+
+def test_summary_of_the_demo():
+    rows = {"base": {"mIoU": dict.fromkeys(demo.COLUMNS, 30.0), "RMSE": dict.fromkeys(demo.COLUMNS, 6.0)},
+            "cd": {"mIoU": dict.fromkeys(demo.COLUMNS, 32.0), "RMSE": dict.fromkeys(demo.COLUMNS, 5.5)},
+            "3d": {"mIoU": dict.fromkeys(demo.COLUMNS, 70.0)}}
+    text = demo.summary({1: rows})
+    assert "| mIoU, change by CD | +2.0 | +2.0 | +2.0 | +2.0 |" in text
+    assert "| RMSE, change by CD | -0.50 |" in text
+    other = {**rows, "cd": {"mIoU": dict.fromkeys(demo.COLUMNS, 34.0), "RMSE": dict.fromkeys(demo.COLUMNS, 5.5)}}
+    assert "| mIoU, change by CD | +3.0 ± 1.4 |" in demo.summary({1: rows, 2: other})
