@@ -20,11 +20,11 @@ from scipy.spatial import cKDTree
 
 from errors import InputError, one_line_errors
 
+FORMAT = 1  # of the index cache: count up when what is stored changes
 CONDITIONS = ("day-clear", "day-rain", "night")
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
-CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
-           "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain", "manmade",
-           "vegetation")
+CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
+           "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain", "manmade", "vegetation")
 
 # How a LiDAR scan becomes the 3D encoder's input (ScaLR, supplement B.2, and its released configuration).
 CLOUD = {
@@ -37,7 +37,7 @@ CLOUD = {
 }
 
 
-# ---- index ----------------------------------------------------------------------------------------------------------
+# ---- index ----
 
 @dataclasses.dataclass
 class Index:
@@ -69,8 +69,9 @@ class Index:
 
     def summary(self):
         """The counts per split and condition as a printable table."""
-        lines = [f"{self.root}: {len(self.scene)} frames, {len(self.cameras)} cameras, lidarseg: "
-                 f"{'yes' if self.lidarseg_there else 'no'}", f"  {'split':6} {'condition':10} scenes  frames  images"]
+        lidarseg = "yes" if self.lidarseg_there else "no"
+        lines = [f"{self.root}: {len(self.scene)} frames, {len(self.cameras)} cameras, lidarseg: {lidarseg}",
+                 f"  {'split':6} {'condition':10} scenes  frames  images"]
         for split in np.unique(self.split):
             for number, name in enumerate(CONDITIONS):
                 rows = (self.split == split) & (self.condition == number)
@@ -100,7 +101,7 @@ def load_index(root, version="v1.0-trainval", here=False):
             f"no --version {version}; there is {', '.join(there)}" if there else
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
     state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(tables.glob("*.json"))]
-    key = hashlib.sha256(repr((1, str(root), version, state)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((FORMAT, str(root), version, state)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "collaborative-distillation", f"{key}.npz")
     if not cache.is_file() and here:
         fields = _read_tables(str(root), version)
@@ -143,8 +144,8 @@ def _read_tables(root, version):
     channels = {s["channel"] for s in nusc.sensor if s["modality"] == "camera"}
     cameras = [c for c in CAMERAS if c in channels] + sorted(channels - set(CAMERAS))
 
-    frames = {name: [] for name in ("scene", "split", "condition", "lidar", "lidarseg", "image", "image_size",
-                                    "cam_from_lidar", "intrinsics")}
+    frames = {name: [] for name in
+              "scene split condition lidar lidarseg image image_size cam_from_lidar intrinsics".split()}
     for scene in sorted(nusc.scene, key=lambda s: s["name"]):
         token = scene["first_sample_token"]
         while token:
@@ -180,10 +181,8 @@ def _read_tables(root, version):
 def _check_files(root, frames):
     """Raise InputError for the first file that the tables name and that is missing or cut short."""
     def size(path):
-        try:
-            return os.path.getsize(os.path.join(root, path))
-        except OSError:
-            return 0
+        path = os.path.join(root, path)
+        return os.path.getsize(path) if os.path.isfile(path) else 0
     paths = frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views]
     bad = [path for path in paths if size(path) == 0]
     if bad:
@@ -195,7 +194,7 @@ def _check_files(root, frames):
                              + (f" with one label each in {labels}" if labels else "") + "; extract it again")
 
 
-# ---- one frame ------------------------------------------------------------------------------------------------------
+# ---- one frame ----
 
 def read_scan(path):
     """A nuScenes scan `[N, 4]`: x, y, z [m], intensity 0..255."""
@@ -208,10 +207,10 @@ def read_scan(path):
 
 def read_labels(path, coarse, count):
     """Classes `[count]` (index into CLASSES, 0 ignored) of a lidarseg file."""
-    values = np.frombuffer(_read(path), np.uint8)
-    if len(values) != count:
-        raise InputError(f"{path}: {len(values)} labels for {count} points; extract it again")
-    return coarse[values]
+    fine = np.frombuffer(_read(path), np.uint8)
+    if len(fine) != count:
+        raise InputError(f"{path}: {len(fine)} labels for {count} points; extract it again")
+    return coarse[fine]
 
 
 def _read(path):
@@ -235,8 +234,8 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     """The points that a camera sees.
 
     Args: xyz [N, 3] in the LiDAR's frame, cam_from_lidar [4, 4], intrinsics [3, 3], size = (H, W) of the raw image.
-    Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres. A point is visible if it is
-    more than min_depth in front of the camera and 0 < row < H-1, 0 < col < W-1 (nuscenes-devkit's rule, whose margin is 1).
+    Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres. A point is visible if it
+    is more than min_depth away and 0 < row < H-1, 0 < col < W-1 (nuscenes-devkit's rule, whose margin is 1).
     """
     camera = xyz @ cam_from_lidar[:3, :3].T + cam_from_lidar[:3, 3]  # [N, 3]
     visible = np.flatnonzero(camera[:, 2] > min_depth)
@@ -249,8 +248,7 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
 def rotate_and_flip(xyz, rng):
     """ScaLR's augmentation (Sec. 4.2): a rotation about z by U(-pi, pi), with probability 2/3 a flip of one of x, y."""
     angle = rng.uniform(-np.pi, np.pi)
-    cos, sin = np.cos(angle), np.sin(angle)
-    matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    matrix = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     flip = rng.integers(3)
     if flip < 2:
         matrix[:, flip] *= -1
@@ -272,13 +270,12 @@ def one_per_voxel(xyz, voxel, rng=None):
 
 def nearest_to(xyz, center, count):
     """Numbers of the `count` points nearest to `center` [3], in their own order."""
-    distance = ((xyz - center) ** 2).sum(1)
-    return np.sort(np.argpartition(distance, count - 1)[:count])
+    return np.sort(np.argpartition(((xyz - center) ** 2).sum(1), count - 1)[:count])
 
 
 def plane_sizes(fov, cell):
     """Cells (H, W) of the planes z, y, x: x-y, x-z and y-z of the box of half extents `fov`."""
-    x, y, z = (int(round(2 * side / cell)) for side in fov)
+    x, y, z = (round(2 * side / cell) for side in fov)
     return (x, y), (x, z), (y, z)
 
 
@@ -306,8 +303,7 @@ def nearest_neighbors(xyz, count):
 
 def point_features(xyz, intensity, mean, std):
     """[N, 5]: standardised intensity, x, y, z, radius (ScaLR, supplement B.2)."""
-    radius = np.linalg.norm(xyz, axis=1)
-    return np.column_stack([(intensity - mean) / std, xyz, radius]).astype(np.float32)
+    return np.column_stack([(intensity - mean) / std, xyz, np.linalg.norm(xyz, axis=1)]).astype(np.float32)
 
 
 def nearest_per_pixel(pixels, depths):
@@ -321,15 +317,14 @@ class Frames(torch.utils.data.Dataset):
     """Camera views of the frames `rows` of an `Index`; `frames[epoch, number]` is one view.
 
     Args:
-        cameras: "random" (one of a frame's cameras, drawn anew each epoch), "all" (an item for each), or a channel name.
+        cameras: "random" (one of a frame's, drawn anew each epoch), "all" (an item for each), or a channel name.
         image_size: (H, W) that images are resized to. None: no image.
         cloud: as `CLOUD`, for the 3D encoder's inputs; None: all visible points, no inputs of the 3D encoder.
-        training: random voxel representatives; False: the first point of each voxel.
-        augment: rotate and flip the cloud.
+        training: a random point of each voxel; False: the first. augment: rotate and flip the cloud.
         labels: read lidarseg. max_depth: keep the nearest point of each pixel, up to this depth [m].
 
-    An item is a dict of: image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized image; depths [N] metres; labels [N];
-    with a cloud also feats [N, 5], cells [3, N], neighbors [N, K]; condition (index into CONDITIONS).
+    An item is a dict: condition (index into CONDITIONS); image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized
+    image; depths [N] metres; labels [N]; with a cloud also feats [N, 5], cells [3, N], neighbors [N, K].
     All randomness of an item is a function of (seed, epoch, number), whatever the process or batch that it falls into.
     """
 
@@ -378,8 +373,7 @@ class Frames(torch.utils.data.Dataset):
 
         # the 3D encoder's inputs
         if self.cloud is not None:
-            options = self.cloud
-            xyz = scan[keep, :3]
+            options, xyz = self.cloud, scan[keep, :3]
             if self.augment:
                 xyz = rotate_and_flip(xyz, rng)
             chosen = np.flatnonzero(inside_fov(xyz, options["fov"]))

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 # What differs from the paper's run, which is the scripts' default: a world of 80 x 160 pixels and some 1 400 frames.
-STAGE1 = "--channels 64 --depth 4 --fov 48 48 8 --cell 1 --neighbors 8 --epochs 8 --batch 8 --save-every 200"
-STAGE2 = "--epochs 5 --batch 16 --lr 1e-3 --save-every 100"
-PROBE = "--head batchnorm --cache --limit 400 --save-every 1000"
-PROBES = {"seg": f"{PROBE} --epochs 20 --batch 8 --lr 1e-2", "depth": f"{PROBE} --epochs 20 --batch 8 --lr 1e-1",
-          "seg3d": f"{PROBE} --epochs 20 --batch 8 --lr 1e-2 --warmup 0 --end-lr 0"}
+STAGE1 = "--channels 64 --depth 4 --fov 48 48 8 --cell 1 --voxel 0.4 --neighbors 6 --epochs 4"
+STAGE2 = "--batch 16 --lr 2e-3 --epochs 5"
+PROBE = "--head whitened --cache --limit 400 --batch 8 --warmup 0 --end-lr 0"
+PROBES = {"seg": f"{PROBE} --lr 1e-2 --epochs 8", "seg3d": f"{PROBE} --lr 1e-2 --epochs 8",
+          "depth": f"{PROBE} --lr 1e-1 --epochs 10"}
 COLUMNS = ("full", "day-clear", "day-rain", "night")
 
 
@@ -37,14 +37,14 @@ def one_world(seed, encoder, out):
     """All scripts on the world of one seed. Returns {row: {metric: {column: value}}}."""
     world, runs = f"data/world-{seed}", f"{out}/seed-{seed}"
     run(f"miniature/world.py --out {world} --seed {seed}")
-    common = f"--data {world} --seed {seed} --workers 1"
+    common = f"--data {world} --seed {seed} --workers 0"
     run(f"stage1.py {common} --encoder {encoder} --out {runs}/stage1 {STAGE1}")
     run(f"stage2.py {common} --stage1 {runs}/stage1 --out {runs}/stage2 {STAGE2}")
     probes = {"base": encoder, "cd": f"{runs}/stage2", "3d": f"{runs}/stage1"}
     tasks = [("seg", "base"), ("seg", "cd"), ("seg3d", "3d"), ("depth", "base"), ("depth", "cd")]
     for task, name in tasks:
         run(f"probe.py {common} --encoder {probes[name]} --task {task} --out {runs}/{task}-{name} {PROBES[task]}")
-    run(f"eval.py {' '.join(f'{runs}/{task}-{name}' for task, name in tasks)} --out {runs}/table --workers 1")
+    run(f"eval.py {' '.join(f'{runs}/{task}-{name}' for task, name in tasks)} --out {runs}/table --workers 0")
     run(f"miniature/overview.py {runs}/seg-base {runs}/seg-cd --out {runs}/overview.png")
     results = {}
     for (task, name), result in zip(tasks, json.loads(Path(runs, "table.json").read_text())):

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
@@ -30,17 +29,6 @@ def patches_of(images, patch):
     B = len(images)
     x = images.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, 3, h, w, patch, patch]
     return x.permute(0, 2, 3, 1, 4, 5).reshape(B, -1, 3 * patch * patch)
-
-
-def random_crops(images, smallest):
-    """Each image [B, 3, H, W] flipped or not and cropped to a part of its area in [smallest, 1], at its old size."""
-    B = len(images)
-    side = (smallest + (1 - smallest) * torch.rand(B)).sqrt()
-    transform = torch.zeros(B, 2, 3)
-    transform[:, 0, 0], transform[:, 1, 1] = torch.where(torch.rand(B) < 0.5, -side, side), side
-    transform[:, :, 2] = (1 - side).unsqueeze(1) * (2 * torch.rand(B, 2) - 1)
-    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False, padding_mode="border")
 
 
 def correlation(tokens):
@@ -112,7 +100,6 @@ def main(argv=None):
     add("--masked", type=float, default=0.7, help="part of the patches that is hidden (default: %(default)s)")
     add("--raw", type=float, default=0.3, help="part of the raw patch in the target, the rest is normalised (default: %(default)s)")
     add("--decorrelate", type=float, default=0.1, help="weight of the features' correlations in the loss (default: %(default)s)")
-    add("--crop", type=float, default=0.3, help="smallest part of the image's area in a random crop (default: %(default)s)")
     add("--jitter", type=float, default=0.2, help="range of brightness and contrast factors around 1 (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
@@ -142,7 +129,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = training.cosine(step, total, args.lr, 0.0, round(0.08 * total))
         batch = images[order[step % (len(images) // args.batch)]].float() / 255
-        batch = random_crops(batch, args.crop)
+        flipped = torch.rand(len(batch), 1, 1, 1) < 0.5
+        batch = torch.where(flipped, batch.flip(3), batch)
         contrast, brightness = 1 + args.jitter * (2 * torch.rand(2, len(batch), 1, 1, 1) - 1)
         mean = batch.mean((1, 2, 3), keepdim=True)
         batch = (((batch - mean) * contrast + mean) * brightness).clamp(0, 1)

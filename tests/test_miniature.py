@@ -60,17 +60,6 @@ def test_decorrelation_is_zero_for_independent_features_and_large_for_equal_ones
     assert pretrain.correlation(independent[:, :1].repeat(1, 8)) == pytest.approx(7, rel=0.01)
 
 
-def test_crops_stay_inside_and_may_be_the_whole():
-    torch.manual_seed(0)
-    ramp = torch.linspace(0, 1, 32).expand(64, 3, 16, 32)
-    crops = pretrain.random_crops(ramp, smallest=0.3)
-    assert crops.shape == ramp.shape and crops.min() >= 0 and crops.max() <= 1
-    slopes = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0])
-    assert (slopes < 0).any() and (slopes > 0).any()  # flipped and not
-    assert slopes.abs().min() > 0.5 and slopes.abs().max() > 0.9  # sqrt(0.3) = 0.55 of a side at least
-    assert torch.allclose(pretrain.random_crops(ramp, smallest=1.0).sort(3).values, ramp, atol=1e-5)
-
-
 def test_pretraining_writes_an_encoder(world, tmp_path, capsys):
     out = tmp_path / "encoder.pth"
     pretrain.main(["--data", str(world), "--out", str(out), "--epochs", "2", "--batch", "2"])

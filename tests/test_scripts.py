@@ -1,6 +1,7 @@
 """Each script for two steps: what it writes, stopping and going on, two processes, bad input, defaults."""
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,8 +89,8 @@ def test_stage2_moves_the_image_encoder_and_only_it(first, second):
 def test_probe_and_evaluation(world, first, second, tmp_path, task, cache, capsys):
     runs = [tmp_path / "a", tmp_path / "b"]
     for out in runs:
-        probe.main(probe_args(world, task, first if task == "seg3d" else second, out, "--steps", "2", "--head", "batchnorm",
-                              *(["--cache"] if cache else [])))
+        probe.main(probe_args(world, task, first if task == "seg3d" else second, out, "--steps", "2",
+                              *(["--head", "whitened", "--cache"] if cache else ["--head", "batchnorm"])))
         assert lines(out)[-1]["loss"] > 0
     evaluation.main([*map(str, runs), "--out", str(tmp_path / "table"), "--workers", "0", "--device", "cpu"])
     results = json.loads((tmp_path / "table.json").read_text())
@@ -265,3 +266,29 @@ def test_summary_of_the_demo():
     assert "| RMSE, change by CD | -0.50 |" in text
     other = {**rows, "cd": {"mIoU": dict.fromkeys(demo.COLUMNS, 34.0), "RMSE": dict.fromkeys(demo.COLUMNS, 5.5)}}
     assert "| mIoU, change by CD | +3.0 ± 1.4 |" in demo.summary({1: rows, 2: other})
+
+
+def test_the_demo_s_commands_are_understood_by_the_scripts(monkeypatch, tmp_path):
+    """Each printed command parses; only the scripts' own work is left out."""
+    seen = []
+
+    def record(command):
+        script, *argv = shlex.split(command)
+        seen.append(script)
+        if script in ("stage1.py", "stage2.py", "probe.py"):
+            args = {"stage1.py": stage1, "stage2.py": stage2, "probe.py": probe}[script].parse(argv)
+            assert args.seed == 5 and args.data == "data/world-5"
+        if script == "eval.py":
+            rows = [{"task": p.rsplit("/", 1)[1].split("-")[0], "mIoU": {}, "RMSE": {}} for p in argv if "seed-5/" in p and "table" not in p]
+            out = tmp_path / "seed-5" / "table.json"
+            out.parent.mkdir()
+            out.write_text(json.dumps(rows))
+    monkeypatch.setattr(demo, "run", record)
+    results = demo.one_world(5, "miniature/encoder.pth", str(tmp_path))
+    assert seen == ["miniature/world.py", "stage1.py", "stage2.py", *["probe.py"] * 5, "eval.py", "miniature/overview.py"]
+    assert {name: set(metrics) for name, metrics in results.items()} == {
+        "base": {"mIoU", "RMSE"}, "cd": {"mIoU", "RMSE"}, "3d": {"mIoU"}}
+
+
+def test_whitened_head_needs_the_cache(world, first, tmp_path, capsys):
+    assert "--cache" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", first, tmp_path, "--head", "whitened"))
