@@ -113,8 +113,10 @@ def load_index(root, version="v1.0-trainval", here=False):
         done = subprocess.run([sys.executable, __file__, "--data", str(root), "--version", version], capture_output=True,
                               text=True)
         if done.returncode:
-            message = done.stderr.strip().splitlines()[-1]
-            raise InputError(message.partition("error: ")[2]) if done.returncode == 2 else RuntimeError(done.stderr)
+            if done.returncode == 2:
+                raise InputError(done.stderr.strip().splitlines()[-1].partition("error: ")[2])
+            raise RuntimeError(f"reading the tables of {root} ended with exit code {done.returncode}; negative: it was "
+                               f"killed, perhaps for memory\n{done.stderr}")
     with np.load(cache, allow_pickle=False) as stored:
         fields = {name: stored[name] for name in stored.files}
     return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")],
@@ -332,8 +334,10 @@ class Frames(torch.utils.data.Dataset):
                  labels=False, max_depth=None, seed=0):
         if cameras not in ("random", "all", *index.cameras):
             raise InputError(f"--cameras {cameras}: choose random, all, or one of {', '.join(index.cameras)}")
-        if labels and not index.lidarseg_there:
-            raise InputError(f"--data {index.root}: no lidarseg labels; extract nuScenes-lidarseg into this folder")
+        unlabelled = np.count_nonzero(index.lidarseg[rows] == b"") if labels else 0
+        if unlabelled:
+            raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no lidarseg labels; extract "
+                             f"nuScenes-lidarseg into this folder")
         self.index, self.rows, self.cameras, self.image_size, self.cloud = index, rows, cameras, image_size, cloud
         self.training, self.augment = training, augment
         self.labels, self.max_depth, self.seed = labels, max_depth, seed

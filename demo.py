@@ -9,6 +9,7 @@ runs/demo/results.json, runs/demo/overview.png and, for each seed, all runs unde
 """
 import argparse
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 # What differs from the paper's run, which is the scripts' default: a world of 80 x 160 pixels and some 1 400 frames.
 STAGE1 = "--channels 64 --depth 4 --fov 48 48 8 --cell 1 --voxel 0.4 --neighbors 6 --epochs 4"
-STAGE2 = "--batch 16 --lr 2e-3 --epochs 5"
+STAGE2 = "--batch 16 --lr 4e-3 --epochs 4"
 PROBE = "--head whitened --cache --limit 400 --batch 8 --warmup 0 --end-lr 0"
 PROBES = {"seg": f"{PROBE} --lr 1e-2 --epochs 8", "seg3d": f"{PROBE} --lr 1e-2 --epochs 8",
           "depth": f"{PROBE} --lr 1e-1 --epochs 10"}
@@ -28,7 +29,7 @@ COLUMNS = ("full", "day-clear", "day-rain", "night")
 def run(command):
     """Print a command line and run it; stop the demo with its exit code if it fails."""
     print(f"\n$ python {command}", flush=True)
-    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=Path(__file__).resolve().parent).returncode
+    code = subprocess.run([sys.executable, *shlex.split(command)]).returncode
     if code:
         sys.exit(code)
 
@@ -78,6 +79,7 @@ def main():
     parser.add_argument("--out", default="runs/demo", help="(default: %(default)s)")
     parser.add_argument("--pretrain", action="store_true", help="train the stand-in encoder anew, into OUT/encoder.pth")
     args = parser.parse_args()
+    os.chdir(Path(__file__).resolve().parent)
     begin, encoder = time.time(), "miniature/encoder.pth"
     if args.pretrain:
         encoder = f"{args.out}/encoder.pth"

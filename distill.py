@@ -39,6 +39,13 @@ def sample_features(maps, pixels, batch, image_size):
             + down * right * cells[start + below * w + beside])  # [M, D]
 
 
+def features_at_points(encoder, batch, image_size):
+    """Features [N, D] at a batch's points: of an image encoder at their pixels, or, where image_size is None, WaffleIron's."""
+    if image_size is None:
+        return encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
+    return sample_features(encoder(batch["image"]), batch["pixels"], batch["batch"], image_size)
+
+
 def distillation_loss(pixel_features, point_features, direction):
     """Mean distance of L2-normalised pixel and point features (Eq. 1 and 2).
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import training
 from data import CLASSES, CONDITIONS, Frames, collate, load_index
-from distill import sample_features
+from distill import features_at_points
 from errors import InputError, one_line_errors
 from models import linear_head, load_checkpoint, load_image_encoder
 from waffleiron import BatchNorm, load_waffleiron
@@ -65,36 +65,28 @@ def rmse(sums):
 def load_probe(path, device):
     """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None)."""
     probe = load_checkpoint(path, "probe")
-    args = probe["args"]
+    if probe["step"] < probe["total"]:
+        raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat its command to finish it")
     if probe["task"] == "seg3d":
-        encoder, stage1 = load_waffleiron(args["encoder"])
+        encoder, stage1 = load_waffleiron(probe["encoder"]["name_or_path"])
     else:
-        encoder, stage1 = load_image_encoder(args["encoder"], args["weights"], args["hub"], args["feature"]), None
+        encoder, stage1 = load_image_encoder(**probe["encoder"]), None
     head = linear_head(probe["head"], probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1, BatchNorm)
     head.load_state_dict(probe["model"])
     return probe, encoder.to(device).eval(), head.to(device).eval(), stage1 and stage1["cloud"]
 
 
 @torch.no_grad()
-def predict(task, encoder, head, batch, image_size):
-    """The probe's outputs [N, 16] or [N, 1] at a batch's points."""
-    if task == "seg3d":
-        features = encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
-    else:
-        features = sample_features(encoder(batch["image"]), batch["pixels"], batch["batch"], image_size)
-    return head(features.float())
-
-
-def evaluate(path, device, data=None, workers=2, batch_size=16, split="val", limit=None):
+def evaluate(path, device, data=None, workers=2, batch_size=16):
     """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}.
 
-    IoU in percent, RMSE in metres. The frames are dealt out over the processes and the counts summed.
+    IoU in percent, RMSE in metres, on the validation split. The frames are dealt out over the processes and the counts summed.
     """
     probe, encoder, head, cloud = load_probe(path, device)
     task, args, image_size = probe["task"], probe["args"], probe["image_size"]
     with training.first_process_first():
-        index = load_index(data or args["data"], args["version"])
-    frames = Frames(index, index.select(split, limit=limit), args["cameras"], image_size and tuple(image_size), cloud,
+        index = load_index(data or probe["data"], args["version"])
+    frames = Frames(index, index.select("val"), args["cameras"], image_size and tuple(image_size), cloud,
                     labels=task != "depth", max_depth=MAX_DEPTH if task == "depth" else None)
     mine = range(training.rank(), len(frames), training.world())
     order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
@@ -106,7 +98,8 @@ def evaluate(path, device, data=None, workers=2, batch_size=16, split="val", lim
                                           disable=training.rank() > 0, mininterval=2)):
         batch = training.to_device(batch, device)
         with training.autocast(device, args["precision"]):
-            outputs = predict(task, encoder, head, batch, image_size)
+            features = features_at_points(encoder, batch, image_size and tuple(image_size))
+        outputs = head(features.float())  # in float32, as it was trained
         if task == "depth":
             places = [number for _, number in numbers]
             sums[places, :2] = depth_sums(outputs[:, 0].float(), batch["depths"], batch["batch"], len(numbers))
@@ -117,7 +110,7 @@ def evaluate(path, device, data=None, workers=2, batch_size=16, split="val", lim
                 confusion[number] += confusion_matrix(outputs[chosen].argmax(1), batch["labels"][chosen] - 1, classes)
 
     training.sum_over_processes(sums if task == "depth" else confusion)
-    result = {"run": str(path), "task": task, "encoder": args["encoder"], "step": probe["step"], "split": split,
+    result = {"run": str(path), "task": task, "encoder": args["encoder"], "step": probe["step"], "data": index.root,
               "images": len(frames)}
     here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
     if task == "depth":
@@ -157,6 +150,14 @@ def table(results):
     return "\n".join(lines[1:])
 
 
+def is_current(result, stored, path, data):
+    """Whether a stored result is of this data, and not older than the probe and its encoder."""
+    source = Path(load_checkpoint(path, "probe")["encoder"]["name_or_path"])
+    made_from = [path / "last.pth"] + [file for file in (source, source / "last.pth") if file.is_file()]
+    same_data = data is None or result["data"] == str(Path(data).resolve())
+    return same_data and all(file.stat().st_mtime <= stored.stat().st_mtime for file in made_from)
+
+
 @one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,9 +175,8 @@ def main(argv=None):
         if not (path / "last.pth").is_file():
             raise InputError(f"{path}: no last.pth there; it must be a folder that probe.py wrote")
         stored = path / "results.json"
-        if stored.is_file() and stored.stat().st_mtime >= (path / "last.pth").stat().st_mtime and not args.again:
-            result = json.loads(stored.read_text())
-        else:
+        result = json.loads(stored.read_text()) if stored.is_file() and not args.again else None
+        if result is None or not is_current(result, stored, path, args.data):
             result = evaluate(path, device, args.data, args.workers)
             if training.rank() == 0:
                 stored.write_text(json.dumps(result, indent=1))

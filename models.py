@@ -157,6 +157,8 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
     """
     path = Path(name_or_path)
     if name_or_path not in ENCODERS and path.exists():
+        if weights:
+            raise InputError(f"--weights {weights}: {name_or_path} is a checkpoint and has weights of its own")
         checkpoint = load_checkpoint(path, "image_encoder")
         spec = dict(checkpoint["encoder"])
         spec.update({key: value for key, value in (("hub", hub), ("feature", feature)) if value})
@@ -178,6 +180,15 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
     return encoder
 
 
+def source_of(args):
+    """The arguments of `load_image_encoder` that give a run's encoder again from any folder, for its checkpoint."""
+    def absolute(path):
+        is_name = path is None or path in ENCODERS or path == "random"
+        return path if is_name else os.path.abspath(path)
+    return {"name_or_path": absolute(args.encoder), "weights": absolute(args.weights), "hub": absolute(args.hub),
+            "feature": args.feature}
+
+
 def _architecture(name, hub=None, pretrained=False):
     """The backbone: random weights (always the same ones), or the release's where `pretrained`."""
     row = ENCODERS[name]
@@ -190,8 +201,8 @@ def _architecture(name, hub=None, pretrained=False):
         try:
             return torch.hub.load(hub or row["source"], name, source="local" if hub else "github", pretrained=pretrained,
                                   verbose=False)
-        except OSError as error:
-            raise InputError(f"--encoder {name}: torch.hub cannot fetch it ({error}); offline, clone https://github.com/"
+        except (OSError, RuntimeError) as error:  # RuntimeError: what torch.hub makes of a missing network
+            raise InputError(f"--encoder {name}: torch.hub cannot load it ({str(error).splitlines()[0]}); offline, clone https://github.com/"
                              f"{row['source']} and pass --hub DIR, and the weights with --weights FILE") from None
 
 

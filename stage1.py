@@ -18,7 +18,7 @@ import training
 from data import CLOUD, CONDITIONS, Frames, collate, load_index, plane_sizes
 from distill import distillation_loss, sample_features
 from errors import one_line_errors
-from models import load_image_encoder
+from models import load_image_encoder, source_of
 from waffleiron import WaffleIron
 
 
@@ -94,7 +94,6 @@ def main(argv=None):
     if checkpoint:
         waffleiron.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        print(f"{args.out}: going on from step {first} of {total}", flush=True)
 
     # ---- loop ----
     log = training.Log(args.out, device)
@@ -123,18 +122,11 @@ def main(argv=None):
         if done % batches.per_epoch == 0 or done == total:
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
         if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
+            log.mean()  # raises rather than save what is not finite
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
                 "cloud": cloud, "encoder": source_of(args), "image_size": image_size,
                 "optimizer": optimizer.state_dict(), "step": done, "args": training.arguments(args)})
-
-
-def source_of(args):
-    """The arguments of `load_image_encoder` that give this run's encoder again, wherever stage 2 is started."""
-    def absolute(path):
-        return os.path.abspath(path) if path and os.path.exists(path) else path
-    return {"name_or_path": absolute(args.encoder), "weights": absolute(args.weights), "hub": absolute(args.hub),
-            "feature": args.feature}
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ def main(argv=None):
     if checkpoint:
         encoder.backbone.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        print(f"{args.out}: going on from step {first} of {total}", flush=True)
 
     # ---- loop ----
     log = training.Log(args.out, device)
@@ -105,6 +104,7 @@ def main(argv=None):
         if done % batches.per_epoch == 0 or done == total:
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
         if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
+            log.mean()  # raises rather than save what is not finite
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},
                 "model": encoder.backbone.state_dict(),

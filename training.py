@@ -1,7 +1,7 @@
 """What every script needs and no paper mentions: processes, schedules, batches in order, checkpoints, logs.
 
 There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step), so a
-checkpoint needs no random state and a resumed run is the run that never stopped.
+checkpoint needs no random state and a resumed run is the run that never stopped (on a GPU up to its order of summation).
 """
 import atexit
 import contextlib
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # others wait while the first process builds the index of the data and downloads weights
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     torch.manual_seed(args.seed)
     return device
@@ -143,7 +145,11 @@ class Batches:
 def load(dataset, batches, collate, workers, device):
     """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=lambda _: torch.set_num_threads(1))
+                      pin_memory=device.type == "cuda", worker_init_fn=_one_thread)
+
+
+def _one_thread(_):
+    torch.set_num_threads(1)
 
 
 def to_device(batch, device):
@@ -173,6 +179,11 @@ def save(path, content):
 def find_last(args):
     """The checkpoint of an unfinished or finished run in --out, or None. Raises InputError if it was another run."""
     path = Path(args.out, "last.pth")
+    there = [path.is_file()] * world()
+    if world() > 1:
+        dist.all_gather_object(there, path.is_file())
+    if len(set(there)) > 1:
+        raise InputError(f"--out {args.out}: some processes see its last.pth and some do not; all nodes must share the folder")
     if not path.is_file():
         return None
     try:
@@ -186,6 +197,8 @@ def find_last(args):
         raise InputError(f"--out {args.out} holds a run with other arguments ("
                          + ", ".join(f"--{k.replace('_', '-')} {before.get(k)}, now {now.get(k)}" for k in changed)
                          + "); repeat them to resume it, or choose another --out")
+    if rank() == 0:
+        print(f"{args.out}: going on from step {checkpoint['step']}", flush=True)
     return checkpoint
 
 

@@ -24,14 +24,14 @@ from errors import one_line_errors
 from eval import load_probe
 
 COLORS = dict(zip(CLASSES, np.array([  # RGB by class; distinct hues for classes that touch
-    (0, 0, 0), (112, 128, 144), (220, 20, 60), (255, 127, 80), (255, 158, 0), (233, 150, 70), (255, 61, 99), (0, 0, 230),
+    (0, 0, 0), (112, 128, 144), (220, 20, 60), (0, 170, 200), (255, 158, 0), (233, 150, 70), (255, 61, 99), (0, 0, 230),
     (47, 79, 79), (255, 140, 0), (255, 99, 71), (90, 90, 100), (175, 0, 75), (190, 90, 160), (120, 190, 60), (222, 184, 135),
     (0, 120, 40)]) / 255))
 
 
 def pca_colours(maps):
-    """First three principal components of feature maps, a list of [D, h, w], fitted on all of them: a list of [h, w, 3] in [0, 1]."""
-    rows = torch.cat([m.flatten(1).T for m in maps])
+    """Maps [D, h, w] as colours [h, w, 3] in [0, 1]: three principal components of all maps' L2-normalised features."""
+    rows = F.normalize(torch.cat([m.flatten(1).T for m in maps]), dim=1)  # directions are what the loss compares
     mean = rows.mean(0)
     _, _, directions = torch.pca_lowrank(rows - mean, q=3, niter=8)
     parts = (rows - mean) @ directions
@@ -41,10 +41,10 @@ def pca_colours(maps):
 
 
 def class_map(head, features, size):
-    """Class colours [H, W, 3] of a probe's predictions on a feature map [D, h, w]."""
+    """Class numbers [H, W] of a probe's predictions on a feature map [D, h, w]."""
     scores = head(features.flatten(1).T).T.view(1, -1, *features.shape[1:])
     scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=True)
-    return np.array([COLORS[name] for name in CLASSES])[scores[0].argmax(0).numpy() + 1]
+    return scores[0].argmax(0).numpy() + 1
 
 
 @torch.no_grad()
@@ -69,7 +69,8 @@ def draw(before, after, out, number=0):
     for row, (condition, item) in enumerate(zip(conditions, items)):
         image = item["image"].permute(1, 2, 0).numpy()
         predictions = [class_map(head, features[n][row], size) for n, (_, _, head, _) in enumerate(probes)]
-        panels = (image, image // 3, colours[0][row], colours[1][row], *predictions)
+        palette = np.array([COLORS[name] for name in CLASSES])
+        panels = (image, image // 3, colours[0][row], colours[1][row], *(palette[p] for p in predictions))
         for axis, title, panel in zip(axes[row], titles, panels):
             axis.imshow(panel, extent=(0, size[1], size[0], 0), interpolation="nearest")
             axis.set(xticks=[], yticks=[], xlim=(0, size[1]), ylim=(size[0], 0))
@@ -78,7 +79,7 @@ def draw(before, after, out, number=0):
         pixels, labels = item["pixels"].numpy(), item["labels"].numpy()
         axes[row, 1].scatter(pixels[:, 1], pixels[:, 0], s=2, c=[COLORS[CLASSES[n]] for n in labels], linewidths=0)
         axes[row, 0].set_ylabel(condition, fontsize=13)
-        present |= {CLASSES[n] for n in np.unique(labels) if n}
+        present |= {CLASSES[n] for n in np.unique(np.concatenate([labels, *(p.ravel() for p in predictions)])) if n}
     figure.legend(handles=[Patch(color=COLORS[name], label=name.replace("_", " ")) for name in CLASSES if name in present],
                   loc="lower center", ncols=len(present), frameon=False, fontsize=11)
     figure.tight_layout(rect=(0, 0.06, 1, 1))

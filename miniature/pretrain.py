@@ -20,7 +20,7 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
 from data import load_index, read_image
-from errors import one_line_errors
+from errors import InputError, one_line_errors
 from models import ENCODERS, Block, ImageEncoder, ViT
 
 
@@ -111,6 +111,9 @@ def main(argv=None):
     paths = [Path(index.root, name.decode()) for name in index.image[index.select("train", ["day-clear"])].flatten()]
     with ThreadPoolExecutor(2) as pool:
         images = torch.stack(list(pool.map(lambda p: torch.from_numpy(read_image(p, args.image_size)), paths)))
+
+    if len(images) < args.batch:
+        raise InputError(f"--batch {args.batch}: {args.data} has only {len(images)} day-clear training images")
 
     # ---- model ----
     row = ENCODERS[args.name]

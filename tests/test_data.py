@@ -110,7 +110,7 @@ def test_labels_without_lidarseg_are_refused(tmp_path, world):
     shutil.copytree(world, root)
     shutil.rmtree(root / "lidarseg")
     (root / "v1.0-trainval" / "lidarseg.json").unlink()
-    with pytest.raises(InputError, match="no lidarseg"):
+    with pytest.raises(InputError, match="8 of 8 frames have no lidarseg"):
         frames_of(root)
     assert "labels" not in frames_of(root, labels=False)[0, 0]
 

@@ -1,4 +1,5 @@
 import textwrap
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -95,11 +96,12 @@ def test_local_clone_with_and_without_weights(hub, tmp_path):
     assert loaded(torch.rand(1, 3, 28, 56)).shape == (1, 384, 2, 4)
 
 
-def test_a_hub_that_cannot_be_reached_names_the_offline_way(monkeypatch):
+def test_a_hub_that_cannot_be_reached_names_the_offline_way(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
-        raise OSError("no route to host")
-    monkeypatch.setattr(torch.hub, "load", unreachable)
-    with pytest.raises(InputError, match="no route to host.*--hub DIR.*--weights FILE"):
+        raise URLError("no route to host")
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(InputError, match="torch.hub cannot load it.*--hub DIR.*--weights FILE"):
         load_image_encoder("dinov2_vitl14_reg")
 
 
