@@ -20,21 +20,18 @@ from scipy.spatial import cKDTree
 
 from errors import InputError, one_line_errors
 
-FORMAT = 1  # of the index cache: count up when what is stored changes
+DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
+FORMAT = 2  # of the index cache: count up when what is stored changes
 CONDITIONS = ("day-clear", "day-rain", "night")
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
            "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain", "manmade", "vegetation")
 
-# How a LiDAR scan becomes the 3D encoder's input (ScaLR, supplement B.2, and its released configuration).
-CLOUD = {
-    "fov": (64.0, 64.0, 8.0),          # half extent along x, y, z [m]
-    "cell": 0.5,                       # side of a cell of the planes [m]
-    "voxel": 0.1,                      # one point is kept per voxel of this side [m]
-    "max_points": 20000,               # the ones nearest to a random point
-    "neighbors": 16,
-    "intensity": (18.742355, 22.04632),  # mean, standard deviation on nuScenes
-}
+# How a LiDAR scan becomes the 3D encoder's input (ScaLR, supplement B.2, and its released configuration): half extents
+# along x, y, z [m]; side of the planes' cells [m]; side of the voxels of which one point is kept [m]; how many points at
+# most, the ones nearest to a random one; neighbours of a point; mean and standard deviation of intensity on nuScenes.
+CLOUD = {"fov": (64.0, 64.0, 8.0), "cell": 0.5, "voxel": 0.1, "max_points": 20000, "neighbors": 16,
+         "intensity": (18.742355, 22.04632)}
 
 
 # ---- index ----
@@ -44,7 +41,6 @@ class Index:
     """F frames (keyframes) of C cameras of one nuScenes version. Strings are bytes arrays; paths are relative to root."""
     root: str
     cameras: list            # C channel names
-    lidarseg_there: bool
     scene: np.ndarray        # [F]
     split: np.ndarray        # [F] b"train", b"val", b"test"
     condition: np.ndarray    # [F] index into CONDITIONS
@@ -58,8 +54,8 @@ class Index:
 
     def select(self, split, conditions=CONDITIONS, limit=None):
         """Frame numbers of a split under these conditions, at most `limit`, spread evenly over the scenes' order."""
-        wanted = [CONDITIONS.index(c) for c in conditions]
-        rows = np.flatnonzero((self.split == split.encode()) & np.isin(self.condition, wanted))
+        wanted = np.isin(self.condition, [CONDITIONS.index(c) for c in conditions])
+        rows = np.flatnonzero((self.split == split.encode()) & wanted)
         if limit is not None and limit < len(rows):
             rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
         if len(rows) == 0:
@@ -69,7 +65,7 @@ class Index:
 
     def summary(self):
         """The counts per split and condition as a printable table."""
-        lidarseg = "yes" if self.lidarseg_there else "no"
+        lidarseg = "yes" if (self.lidarseg != b"").all() else "no" if (self.lidarseg == b"").all() else "in part"
         lines = [f"{self.root}: {len(self.scene)} frames, {len(self.cameras)} cameras, lidarseg: {lidarseg}",
                  f"  {'split':6} {'condition':10} scenes  frames  images"]
         for split in np.unique(self.split):
@@ -113,14 +109,11 @@ def load_index(root, version="v1.0-trainval", here=False):
         done = subprocess.run([sys.executable, __file__, "--data", str(root), "--version", version], capture_output=True,
                               text=True)
         if done.returncode:
-            if done.returncode == 2:
-                raise InputError(done.stderr.strip().splitlines()[-1].partition("error: ")[2])
-            raise RuntimeError(f"reading the tables of {root} ended with exit code {done.returncode}; negative: it was "
-                               f"killed, perhaps for memory\n{done.stderr}")
+            reason = (done.stderr.strip().splitlines() or ["killed, perhaps for memory"])[-1]
+            raise InputError(reason.partition("error: ")[2] or f"--data {root}: reading the tables failed: {reason}")
     with np.load(cache, allow_pickle=False) as stored:
         fields = {name: stored[name] for name in stored.files}
-    return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")],
-                 lidarseg_there=bool(fields.pop("lidarseg_there")), **fields)
+    return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
 
 
 def _read_tables(root, version):
@@ -137,14 +130,13 @@ def _read_tables(root, version):
     try:
         nusc = NuScenes(version, root, verbose=False)
     except (AssertionError, KeyError, ValueError, OSError) as error:
-        raise InputError(f"--data {root}: nuscenes-devkit cannot open {version}: {error}; extract the archives of that "
-                         f"version again, lidarseg included") from None
+        raise InputError(f"--data {root}: nuscenes-devkit cannot open {version}: {error}; extract it again") from None
     prefix = "mini_" if version == "v1.0-mini" else ""
     splits = create_splits_scenes()
     split_of = {scene: name for name in ("train", "val", "test") for scene in splits.get(prefix + name, ())}
     labels = {record["sample_data_token"]: record["filename"] for record in getattr(nusc, "lidarseg", [])}
     channels = {s["channel"] for s in nusc.sensor if s["modality"] == "camera"}
-    cameras = [c for c in CAMERAS if c in channels] + sorted(channels - set(CAMERAS))
+    cameras = [c for c in CAMERAS if c in channels]
 
     frames = {name: [] for name in
               "scene split condition lidar lidarseg image image_size cam_from_lidar intrinsics".split()}
@@ -176,18 +168,15 @@ def _read_tables(root, version):
     _check_files(root, frames)
     strings = {"scene", "split", "lidar", "lidarseg", "image"}
     fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
-    return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_),
-                     "lidarseg_there": np.array(bool(labels))}
+    return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
 
 
 def _check_files(root, frames):
     """Raise InputError for the first file that the tables name and that is missing or cut short."""
     def size(path):
-        path = os.path.join(root, path)
-        return os.path.getsize(path) if os.path.isfile(path) else 0
+        return os.path.getsize(file) if os.path.isfile(file := os.path.join(root, path)) else 0
     paths = frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views]
-    bad = [path for path in paths if size(path) == 0]
-    if bad:
+    if bad := [path for path in paths if size(path) == 0]:
         raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing or empty, "
                          f"the first is {bad[0]}; extract all archives of this version into this folder")
     for scan, labels in zip(frames["lidar"], frames["lidarseg"]):
@@ -202,8 +191,7 @@ def read_scan(path):
     """A nuScenes scan `[N, 4]`: x, y, z [m], intensity 0..255."""
     content = _read(path)
     if len(content) == 0 or len(content) % 20:
-        raise InputError(f"{path}: {len(content)} bytes are not whole points of 5 floats: the file is cut short; "
-                         f"extract it again")
+        raise InputError(f"{path}: cut short: {len(content)} bytes are not whole points of 5 floats; extract it again")
     return np.frombuffer(content, np.float32).reshape(-1, 5)[:, :4]
 
 
@@ -250,7 +238,8 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
 def rotate_and_flip(xyz, rng):
     """ScaLR's augmentation (Sec. 4.2): a rotation about z by U(-pi, pi), with probability 2/3 a flip of one of x, y."""
     angle = rng.uniform(-np.pi, np.pi)
-    matrix = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    cos, sin = np.cos(angle), np.sin(angle)
+    matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     flip = rng.integers(3)
     if flip < 2:
         matrix[:, flip] *= -1
@@ -290,15 +279,12 @@ def plane_cells(xyz, fov, cell):
 
 def nearest_neighbors(xyz, count):
     """The `count` nearest other points of each point: int64 [N, count]. Small clouds repeat the ones that they have."""
-    if len(xyz) == 0:
-        return np.zeros((0, count), np.int64)
     available = min(count, len(xyz) - 1)
-    if available == 0:
-        return np.zeros((1, count), np.int64)
+    if available < 1:
+        return np.zeros((len(xyz), count), np.int64)
     found = cKDTree(xyz).query(xyz, k=available + 1)[1]  # [N, 1 + available]
-    # Where points coincide the first answer need not be the point itself.
     itself = found == np.arange(len(xyz))[:, None]
-    itself[~itself.any(1), -1] = True
+    itself[~itself.any(1), -1] = True  # where many points coincide it need not be among its nearest
     found = found[~itself].reshape(len(xyz), available)
     return found[:, np.arange(count) % available].astype(np.int64)
 
@@ -311,7 +297,7 @@ def point_features(xyz, intensity, mean, std):
 def nearest_per_pixel(pixels, depths):
     """Numbers of the points that remain when of all points on one (whole) pixel only the nearest is kept."""
     order = np.argsort(depths, kind="stable")
-    _, first = np.unique(np.floor(pixels[order]).astype(np.int64), axis=0, return_index=True)
+    first = np.unique(np.floor(pixels[order]).astype(np.int64), axis=0, return_index=True)[1]
     return np.sort(order[first])
 
 
@@ -334,13 +320,10 @@ class Frames(torch.utils.data.Dataset):
                  labels=False, max_depth=None, seed=0):
         if cameras not in ("random", "all", *index.cameras):
             raise InputError(f"--cameras {cameras}: choose random, all, or one of {', '.join(index.cameras)}")
-        unlabelled = np.count_nonzero(index.lidarseg[rows] == b"") if labels else 0
-        if unlabelled:
-            raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no lidarseg labels; extract "
-                             f"nuScenes-lidarseg into this folder")
+        if labels and (unlabelled := np.count_nonzero(index.lidarseg[rows] == b"")):
+            raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no lidarseg labels; extract it")
         self.index, self.rows, self.cameras, self.image_size, self.cloud = index, rows, cameras, image_size, cloud
-        self.training, self.augment = training, augment
-        self.labels, self.max_depth, self.seed = labels, max_depth, seed
+        self.training, self.augment, self.labels, self.max_depth, self.seed = training, augment, labels, max_depth, seed
 
     def __len__(self):
         return len(self.rows) * (len(self.index.cameras) if self.cameras == "all" else 1)
@@ -350,10 +333,10 @@ class Frames(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, epoch, number))
         index, count = self.index, len(self.index.cameras)
         if self.cameras == "all":
-            row, camera = self.rows[number // count], number % count
+            number, camera = divmod(number, count)
         else:
-            row = self.rows[number]
             camera = rng.integers(count) if self.cameras == "random" else index.cameras.index(self.cameras)
+        row = self.rows[number]
 
         def path(name):
             return os.path.join(index.root, name.decode())
@@ -376,10 +359,8 @@ class Frames(torch.utils.data.Dataset):
             arrays, keep = {name: values[first] for name, values in arrays.items()}, keep[first]
 
         # the 3D encoder's inputs
-        if self.cloud is not None:
-            options, xyz = self.cloud, scan[keep, :3]
-            if self.augment:
-                xyz = rotate_and_flip(xyz, rng)
+        if options := self.cloud:
+            xyz = rotate_and_flip(scan[keep, :3], rng) if self.augment else scan[keep, :3]
             chosen = np.flatnonzero(inside_fov(xyz, options["fov"]))
             chosen = chosen[one_per_voxel(xyz[chosen], options["voxel"], rng if self.training else None)]
             if len(chosen) > options["max_points"]:
@@ -397,17 +378,13 @@ def collate(items):
     """A ragged batch: points of all items one after the other, `batch` [N] the item of each, neighbors as batch rows."""
     counts = torch.tensor([len(item["pixels"]) for item in items])
     offsets = counts.cumsum(0) - counts
-    out = {"batch": torch.repeat_interleave(torch.arange(len(items)), counts),
-           "condition": torch.tensor([item["condition"] for item in items])}
-    if "image" in items[0]:
-        out["image"] = torch.stack([item["image"] for item in items])
-    for name in ("pixels", "depths", "labels", "feats", "features"):
-        if name in items[0]:
-            out[name] = torch.cat([item[name] for item in items])
-    if "neighbors" in items[0]:
-        out["neighbors"] = torch.cat([item["neighbors"] + start for item, start in zip(items, offsets.tolist())])
-        out["cells"] = torch.cat([item["cells"] for item in items], dim=1)
-    return out
+    out = {name: [item[name] for item in items] for name in items[0]}
+    for name, values in out.items():
+        if name == "neighbors":
+            values = [rows + start for rows, start in zip(values, offsets.tolist())]
+        join = {"condition": torch.tensor, "image": torch.stack, "cells": lambda cells: torch.cat(cells, dim=1)}
+        out[name] = join.get(name, torch.cat)(values)
+    return out | {"batch": torch.repeat_interleave(torch.arange(len(items)), counts)}
 
 
 @one_line_errors

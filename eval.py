@@ -15,14 +15,13 @@ import torch
 from tqdm import tqdm
 
 import training
-from data import CLASSES, CONDITIONS, Frames, collate, load_index
+from data import CLASSES, CONDITIONS, DEPTHS, Frames, collate, load_index
 from distill import features_at_points
 from errors import InputError, one_line_errors
 from models import linear_head, load_checkpoint, load_image_encoder
 from waffleiron import BatchNorm, load_waffleiron
 
 NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
-MIN_DEPTH, MAX_DEPTH = 0.1, 80.0  # metres; md4all's protocol
 COLUMNS = ("full", *CONDITIONS)
 
 
@@ -49,7 +48,7 @@ def mean_iou(confusion, left_out=()):
 
 def depth_sums(prediction, truth, batch, images):
     """What RMSE needs of each image, [images, 2]: sum of squared errors in square metres, and number of points."""
-    error = (prediction.clamp(MIN_DEPTH, MAX_DEPTH) - truth).double() ** 2
+    error = (prediction.clamp(*DEPTHS) - truth).double() ** 2
     sums = torch.zeros(images, 2, dtype=torch.double, device=error.device)
     return sums.index_add_(0, batch, torch.stack([error, torch.ones_like(error)], 1))
 
@@ -87,7 +86,7 @@ def evaluate(path, device, data=None, workers=2, batch_size=16):
     with training.first_process_first():
         index = load_index(data or probe["data"], args["version"])
     frames = Frames(index, index.select("val"), args["cameras"], image_size and tuple(image_size), cloud,
-                    labels=task != "depth", max_depth=MAX_DEPTH if task == "depth" else None)
+                    labels=task != "depth", max_depth=DEPTHS[1] if task == "depth" else None)
     mine = range(training.rank(), len(frames), training.world())
     order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
 

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import training
-from data import CLASSES, Frames, collate, load_index
+from data import CLASSES, DEPTHS, Frames, collate, load_index
 from distill import features_at_points
 from errors import InputError, one_line_errors
 from models import linear_head, load_image_encoder, source_of
 from waffleiron import BatchNorm, load_waffleiron
 
-MAX_DEPTH = 80.0  # metres; md4all's protocol
 
 # The papers' hyper-parameters by task (C.3; seg3d: ScaLR supplement B.3). lr and end_lr: peak and end of the cosine.
 PAPER = {
@@ -147,7 +146,7 @@ def main(argv=None):
     encoder = encoder.to(device).eval().requires_grad_(False)
     frames = Frames(index, index.select("train", limit=args.limit), args.cameras, image_size, cloud,
                     training=not args.cache, augment=cloud is not None and not args.cache, labels=args.task != "depth",
-                    max_depth=MAX_DEPTH if args.task == "depth" else None, seed=args.seed)
+                    max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
 
     def features(batch):
         """Features [N, D] at the points."""
@@ -201,7 +200,7 @@ def main(argv=None):
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim,
                 "encoder": source_of(args), "image_size": image_size, "data": os.path.abspath(args.data),
-                "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": training.arguments(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
     if training.rank() == 0:
         print(f"next: python eval.py {args.out}", flush=True)
 

@@ -37,7 +37,7 @@ def parse(argv=None):
     add("--depth", type=int, default=48, help="layers of WaffleIron (default: %(default)s, ScaLR Sec. 4.1)")
     add("--norm", choices=("layernorm", "batchnorm"), help="in WaffleIron's layers (default: layernorm at width 768, else "
         "batchnorm; ScaLR Sec. 4.1)")
-    add("--fov", type=float, nargs=3, default=CLOUD["fov"], metavar=("X", "Y", "Z"),
+    add("--fov", type=float, nargs=3, default=list(CLOUD["fov"]), metavar=("X", "Y", "Z"),
         help="half extents of WaffleIron's planes in metres (default: 64 64 8, ScaLR supplement B.2)")
     add("--cell", type=float, default=CLOUD["cell"], help="their cells' side in metres (default: %(default)s, same)")
     add("--voxel", type=float, default=CLOUD["voxel"], help="one point per voxel of this side in metres (default: %(default)s)")
@@ -99,7 +99,6 @@ def main(argv=None):
     log = training.Log(args.out, device)
     bar = tqdm(loader, "stage 1", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
-        training.seed_step(args.seed, step)
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -126,7 +125,7 @@ def main(argv=None):
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
                 "cloud": cloud, "encoder": source_of(args), "image_size": image_size,
-                "optimizer": optimizer.state_dict(), "step": done, "args": training.arguments(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "args": vars(args)})
 
 
 if __name__ == "__main__":

@@ -81,7 +81,6 @@ def main(argv=None):
     log = training.Log(args.out, device)
     bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
-        training.seed_step(args.seed, step)
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -108,7 +107,7 @@ def main(argv=None):
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},
                 "model": encoder.backbone.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": done, "args": training.arguments(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "args": vars(args)})
 
 
 if __name__ == "__main__":

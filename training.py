@@ -1,6 +1,6 @@
 """What every script needs and no paper mentions: processes, schedules, batches in order, checkpoints, logs.
 
-There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step), so a
+There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step); a
 checkpoint needs no random state and a resumed run is the run that never stopped (on a GPU up to its order of summation).
 """
 import atexit
@@ -23,17 +23,18 @@ MAY_CHANGE = {"data", "out", "device", "workers", "save_every"}  # arguments tha
 
 def add_arguments(parser):
     """The flags that all training scripts share."""
-    parser.add_argument("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
-    parser.add_argument("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
-    parser.add_argument("--out", required=True, help="folder for last.pth and log.jsonl; a run found there is resumed")
-    parser.add_argument("--limit", type=int, help="use only so many frames, spread evenly (default: all)")
-    parser.add_argument("--steps", type=int, help="train for so many steps instead of --epochs, schedule included")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
-                        help="data-loading processes for each training process (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add = parser.add_argument
+    add("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
+    add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
+    add("--out", required=True, help="folder for last.pth and log.jsonl; a run found there is resumed")
+    add("--limit", type=int, help="use only so many frames, spread evenly (default: all)")
+    add("--steps", type=int, help="train for so many steps instead of --epochs, schedule included")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="data-loading processes for each training process (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
 
 
 # ---- processes ----
@@ -121,8 +122,7 @@ class Batches:
 
     def __init__(self, items, batch, first, last, seed):
         if batch % world():
-            raise InputError(f"--batch {batch} is the batch over all processes and must be a multiple of their number, "
-                             f"{world()}")
+            raise InputError(f"--batch {batch}: it is the batch over all {world()} processes, so a multiple of {world()}")
         if items < batch:
             raise InputError(f"--batch {batch}: there are only {items} items to draw from; lower it, or raise --limit")
         self.items, self.batch, self.first, self.last, self.seed = items, batch, first, last, seed
@@ -145,11 +145,7 @@ class Batches:
 def load(dataset, batches, collate, workers, device):
     """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=_one_thread)
-
-
-def _one_thread(_):
-    torch.set_num_threads(1)
+                      pin_memory=device.type == "cuda")
 
 
 def to_device(batch, device):
@@ -158,11 +154,6 @@ def to_device(batch, device):
     if "image" in batch:
         batch["image"] = batch["image"].float() / 255
     return batch
-
-
-def seed_step(seed, step):
-    """Seed this process's random draws (stochastic depth) of one step."""
-    torch.manual_seed((1000003 * seed + step) * 4099 + rank())
 
 
 # ---- checkpoints and logs ----
@@ -191,7 +182,7 @@ def find_last(args):
         before = checkpoint["args"]
     except Exception as error:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__}); delete it or choose another --out") from None
-    now = arguments(args)
+    now = vars(args)
     changed = sorted(k for k in now.keys() | before.keys() if k not in MAY_CHANGE and now.get(k) != before.get(k))
     if changed:
         raise InputError(f"--out {args.out} holds a run with other arguments ("
@@ -200,11 +191,6 @@ def find_last(args):
     if rank() == 0:
         print(f"{args.out}: going on from step {checkpoint['step']}", flush=True)
     return checkpoint
-
-
-def arguments(args):
-    """The arguments of a run as a checkpoint stores them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
 class Log:

@@ -93,7 +93,7 @@ def main(argv=None):
     add("--data", default="data/pretrain", help="miniature world; its day-clear training frames are used (default: %(default)s)")
     add("--out", default="miniature/encoder.pth", help="checkpoint to write (default: %(default)s)")
     add("--name", default="vit_mini8", choices=[n for n, row in ENCODERS.items() if row["source"] == "built-in"])
-    add("--image-size", type=int, nargs=2, default=(80, 160), metavar=("H", "W"), help="(default: 80 160)")
+    add("--image-size", type=int, nargs=2, default=[80, 160], metavar=("H", "W"), help="(default: 80 160)")
     add("--epochs", type=int, default=30, help="(default: %(default)s)")
     add("--batch", type=int, default=32, help="images in a batch (default: %(default)s)")
     add("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW, weight decay 0.05 (default: %(default)s)")
@@ -147,7 +147,7 @@ def main(argv=None):
 
     standardise(vit, ((images[:1000].float() / 255) - encoder.mean) / encoder.std)
     training.save(args.out, {"kind": "image_encoder", "encoder": encoder.spec, "model": vit.state_dict(), "step": total,
-                             "args": training.arguments(args)})
+                             "args": vars(args)})
     print(f"{args.out}: {len(images)} images, {total} steps, last loss {loss.item():.3f}, {time.time() - begin:.0f} s")
 
 

@@ -52,7 +52,7 @@ def args_of(out, **changes):
 def test_checkpoints_are_found_and_other_arguments_refused(tmp_path):
     args = args_of(tmp_path)
     assert training.find_last(args) is None
-    training.save(tmp_path / "last.pth", {"step": 3, "args": training.arguments(args)})
+    training.save(tmp_path / "last.pth", {"step": 3, "args": vars(args)})
     assert training.find_last(args)["step"] == 3
     assert training.find_last(args_of(tmp_path, workers=4, data="there"))["step"] == 3
     with pytest.raises(InputError, match="--lr 0.001, now 0.1"):
@@ -62,7 +62,7 @@ def test_checkpoints_are_found_and_other_arguments_refused(tmp_path):
 
 def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     args = args_of(tmp_path)
-    training.save(tmp_path / "last.pth", {"step": 3, "args": training.arguments(args)})
+    training.save(tmp_path / "last.pth", {"step": 3, "args": vars(args)})
 
     def crash(content, path):
         path.write_bytes(b"half")
