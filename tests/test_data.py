@@ -13,7 +13,7 @@ from errors import InputError
 
 
 def frames_of(root, **options):
-    index = data.load_index(root)
+    index = data.load_index(root, here=True)  # in a process of its own it is the same, but the devkit is imported again
     defaults = dict(image_size=(80, 160), cloud=data.CLOUD, labels=True)
     return data.Frames(index, index.select("train"), **(defaults | options))
 
@@ -65,6 +65,18 @@ def test_second_start_reads_the_cache_alone(world, monkeypatch):
     assert first.image.tolist() == second.image.tolist()
 
 
+def test_the_index_is_built_by_another_process_with_the_same_errors(tmp_path, world):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
+    content = scan.read_bytes()
+    scan.write_bytes(content[:-7])
+    with pytest.raises(InputError, match=f"--data {root}: .*not 20 a point"):
+        data.load_index(root)
+    scan.write_bytes(content)
+    assert (data.load_index(root).condition == data.load_index(world).condition).all()
+
+
 def test_wrong_roots_are_named(tmp_path, world):
     with pytest.raises(InputError, match="not a nuScenes root"):
         data.load_index(tmp_path)
@@ -86,7 +98,7 @@ def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
         labels = sorted((root / "lidarseg" / "v1.0-trainval").iterdir())[0]
         labels.write_bytes(labels.read_bytes()[:-1])
     with pytest.raises(InputError, match=message):
-        data.load_index(root)
+        data.load_index(root, here=True)
 
 
 def test_damage_after_the_index_was_built_is_named(tmp_path, world):

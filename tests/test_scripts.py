@@ -143,6 +143,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, 
 
 # ---- two processes ------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
 def test_two_processes_are_one_with_the_same_global_batch(world, first, second, tmp_path, script):
     def command(out):
@@ -162,6 +163,7 @@ def test_two_processes_are_one_with_the_same_global_batch(world, first, second, 
     assert lines(tmp_path / "two")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_sums_over_processes(world, second, tmp_path):
     for task in ("seg", "depth"):
         probe.main(probe_args(world, task, second, tmp_path / task, "--steps", "2"))
@@ -202,6 +204,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["scan", "image"])
 def test_damaged_files_found_by_a_loading_process_are_one_line(world, tmp_path, damage):
     root = tmp_path / "copy"
