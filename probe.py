@@ -6,10 +6,11 @@ Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplem
     python probe.py --data /data/nuscenes --encoder dinov2_vits14 --task depth --out runs/probe-depth     # without stage 2
     python probe.py --data /data/nuscenes --encoder runs/s1 --task seg3d --out runs/probe-3d              # stage 1's WaffleIron
 
-Writes OUT/last.pth and OUT/log.jsonl, and resumes from there; `python eval.py OUT ...` evaluates and prints the table.
+OUT is runs/probe-ENCODER-TASK unless given. Writes OUT/last.pth and OUT/log.jsonl, and resumes from there; `python eval.py OUT ...` evaluates and prints the table.
 """
 import argparse
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ PAPER = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_arguments(parser)
+    training.add_arguments(parser, out_required=False)
     add = parser.add_argument
     add("--task", choices=PAPER, required=True, help="seg: 16 classes; depth: metres; seg3d: 16 classes on WaffleIron's features")
     add("--encoder", required=True, help="an encoder's name or stage 2's folder; for seg3d stage 1's folder")
@@ -59,6 +60,7 @@ def parse(argv=None):
     for name, value in PAPER[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.out = args.out or f"runs/probe-{Path(args.encoder).name}-{args.task}"
     return args
 
 

@@ -21,12 +21,12 @@ from errors import InputError
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every"}  # arguments that a resumed run may be given anew
 
 
-def add_arguments(parser):
+def add_arguments(parser, out_required=True):
     """The flags that all training scripts share."""
     add = parser.add_argument
     add("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
     add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
-    add("--out", required=True, help="folder for last.pth and log.jsonl; a run found there is resumed")
+    add("--out", required=out_required, help="folder for last.pth and log.jsonl; a run found there is resumed")
     add("--limit", type=int, help="use only so many frames, spread evenly (default: all)")
     add("--steps", type=int, help="train for so many steps instead of --epochs, schedule included")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")

@@ -295,3 +295,7 @@ def test_the_demo_s_commands_are_understood_by_the_scripts(monkeypatch, tmp_path
 
 def test_whitened_head_needs_the_cache(world, first, tmp_path, capsys):
     assert "--cache" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", first, tmp_path, "--head", "whitened"))
+
+
+def test_a_probe_has_a_folder_of_its_own_by_default():
+    assert probe.parse(["--data", "x", "--encoder", "runs/s2", "--task", "seg"]).out == "runs/probe-s2-seg"
