@@ -125,7 +125,7 @@ def main(argv=None):
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
                 "cloud": cloud, "encoder": source_of(args), "image_size": image_size,
-                "optimizer": optimizer.state_dict(), "step": done, "args": vars(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def main(argv=None):
     device = training.start(args)
     checkpoint = training.find_last(args)
     waffleiron, stage1 = load_waffleiron(args.stage1)
+    if stage1["step"] < stage1["total"] and training.rank() == 0:
+        print(f"{args.stage1}: stage 1 is unfinished, step {stage1['step']} of {stage1['total']}", flush=True)
 
     # ---- data ----
     with training.first_process_first():

@@ -41,6 +41,10 @@ def add_arguments(parser, out_required=True):
 
 def start(args):
     """Join the process group if torchrun started us, seed the initial weights; returns the device."""
+    for name in ("steps", "limit", "epochs", "batch", "save_every"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -109,6 +109,21 @@ def test_cached_features_give_the_same_probe(world, second, tmp_path):
     assert 0 < largest_difference(plain, cached) < 1e-3  # half precision
 
 
+def test_bf16_is_near_fp32(world, first, second, tmp_path):
+    """The same run in both precisions, from training to the table (where the head stays in fp32)."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        out, more = tmp_path / precision, ["--precision", precision, "--steps", "3"]
+        stage1.main(stage1_args(world, out / "s1", *more))
+        stage2.main(stage2_args(world, first, out / "s2", *more))
+        probe.main(probe_args(world, "depth", second, out / "probe", "--head", "batchnorm", "--lr", "1", *more))
+        evaluation.main([str(out / "probe"), "--out", str(out / "table"), "--workers", "0", "--device", "cpu"])
+        found[precision] = [lines(out / "s1")[-1]["loss"], lines(out / "s2")[-1]["loss"],
+                            json.loads((out / "table.json").read_text())[0]["RMSE"]["full"]]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+    assert found["bf16"] != found["fp32"]
+
+
 # ---- stopped and resumed ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
@@ -200,6 +215,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert "choose another --out" in fails_with_one_line(capsys, stage1.main, stage1_args(world, first, "--steps", "3"))
     assert "--image-size 81 160" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--image-size", "81", "160"))
     assert "--batch 99" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--batch", "99"))
+    assert "--steps 0" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--steps", "0"))
     assert "no last.pth" in fails_with_one_line(capsys, evaluation.main, [str(tmp_path)])
     assert not out.exists()
 
