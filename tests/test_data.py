@@ -1,6 +1,5 @@
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -58,9 +57,7 @@ def test_condition_of_description():
 def test_second_start_reads_the_cache_alone(world, monkeypatch):
     first = data.load_index(world)
     monkeypatch.setattr(data.subprocess, "run", None)  # what would build it
-    begin = time.time()
     second = data.load_index(world)
-    assert time.time() - begin < 1
     np.testing.assert_array_equal(first.cam_from_lidar, second.cam_from_lidar)
     assert first.image.tolist() == second.image.tolist()
 

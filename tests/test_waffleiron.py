@@ -271,7 +271,7 @@ class SumDtypes(TorchDispatchMode):
 def test_bfloat16_autocast_sums_cells_in_float32():
     # Not seen in numbers on the CPU, whose bfloat16 index_add may sum in float32 inside; on a GPU such a sum stops
     # growing after some hundred points.
-    block, (feats, cells, _, batch) = WaffleIron(**SMALL).spatial_mix[0], random_cloud(20)
+    block, (_, cells, _, batch) = WaffleIron(**SMALL).spatial_mix[0], random_cloud(20)
     window = plan_window(cells[0], batch, 1, GRIDS[0])
     with SumDtypes() as sums:
         with torch.autocast("cpu", dtype=torch.bfloat16):
