@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 import training
-from data import CLASSES, CONDITIONS, DEPTHS, Frames, collate, load_index
+from checkpoints import load_checkpoint
+from data import CLASSES, CLOUD, CONDITIONS, DEPTHS, Frames, collate, load_index
 from distill import features_at_points
 from errors import InputError, one_line_errors
-from models import linear_head, load_checkpoint, load_image_encoder
+from models import linear_head, load_image_encoder
 from waffleiron import BatchNorm, load_waffleiron
 
 NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
@@ -72,7 +73,7 @@ def load_probe(path, device):
         encoder, stage1 = load_image_encoder(**probe["encoder"]), None
     head = linear_head(probe["head"], probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1, BatchNorm)
     head.load_state_dict(probe["model"])
-    return probe, encoder.to(device).eval(), head.to(device).eval(), stage1 and stage1["cloud"]
+    return probe, encoder.to(device).eval(), head.to(device).eval(), None if stage1 is None else stage1.get("cloud", CLOUD)
 
 
 @torch.no_grad()

@@ -1,148 +1,150 @@
-"""The image encoders, linear heads and their checkpoints: DINOv2 from torch.hub, and a built-in ViT.
+"""The image encoders: their table, loading by name from torch.hub, a clone or a file, and linear heads.
 
     python models.py        # print the table of encoders
 
 Every encoder maps images [B, 3, H, W] in [0, 1] to a feature map [B, D, h, w], D = `.dim`, h = H / `.patch_size`.
+To add one: a row of ENCODERS and, where its weights have names of their own, a function like `clip_name`.
 """
 import difflib
 import os
+import re
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from checkpoints import check_fit, load_checkpoint, load_strictly, read, strip
 from errors import InputError
+from vit import ViT
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINOV2 = "facebookresearch/dinov2"
-
-# name: where it comes from, patch size, width D, the feature that is distilled ("prenorm": patch tokens of the last block
-# before the final LayerNorm, as ScaLR; "norm": after it), keyword arguments of the built-in ViT
-ENCODERS = {
-    **{f"dinov2_vit{size}14{reg}": dict(source=DINOV2, patch_size=14, dim=dim, feature="prenorm")
-       for size, dim in (("s", 384), ("b", 768), ("l", 1024), ("g", 1536)) for reg in ("", "_reg")},
-    "vit_mini8": dict(source="built-in", patch_size=8, dim=96, feature="norm",
-                      vit=dict(depth=4, heads=4, mlp_ratio=3, grid=(10, 20))),
-    **{f"vit_small{patch}": dict(source="built-in", patch_size=patch, dim=384, feature="prenorm",
-                                 vit=dict(depth=12, heads=6, mlp_ratio=4, grid=(224 // patch, 224 // patch)))
-       for patch in (8, 14, 16)},
-}
+FEATURES = ("prenorm", "norm", "keys")  # of a ViT, see `ViT.feature_map`; a ResNet-50 has one, "layer4"
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of R, G, B
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-# ---- the built-in ViT ------------------------------------------------------------------------------------------------
+# ---- the table --------------------------------------------------------------------------------------------------------
 
-class Attention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+def same_name(name, shape):
+    """Released name and shape of a tensor that has ours."""
+    return name, tuple(shape)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, dim, heads, mlp_ratio):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+def clip_name(name, shape):
+    """Released name and shape of a tensor of CLIP's image encoder."""
+    for ours, theirs in (("cls_token", "class_embedding"), ("pos_embed", "positional_embedding"), ("norm_pre", "ln_pre"),
+                         (r"^norm\.", "ln_post."), (r"patch_embed\.proj", "conv1"), ("^blocks", "transformer.resblocks"),
+                         (r"norm([12])\.", r"ln_\1."), (r"qkv\.", "in_proj_"), (r"attn\.proj", "attn.out_proj"),
+                         ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+        name = re.sub(ours, theirs, name)
+    return name, tuple(shape)[{"class_embedding": 2, "positional_embedding": 1}.get(name, 0):]  # without axes of length 1
 
 
-class ViT(nn.Module):
-    """Vision transformer in the names of DINO's and timm's. `grid` = (h, w) patches that position embeddings stand for."""
+class Row(NamedTuple):
+    """What is to be known of an encoder."""
+    name: str
+    source: str                         # GitHub repository of the release
+    patch_size: int                     # side in pixels of a cell of the feature map
+    vit: dict | None                    # arguments of ViT; None: torchvision's ResNet-50
+    license: str                        # of the weights
+    feature: str = "prenorm"            # what is distilled unless --feature says otherwise (ScaLR, supplement B.2)
+    entry: str = ""                     # entry point of torch.hub where it is not the name, or the address of a weights file
+    normalization: tuple = IMAGENET
+    released_name: Callable = same_name
 
-    def __init__(self, patch_size, dim, depth, heads, mlp_ratio, grid):
-        super().__init__()
-        self.grid = tuple(grid)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, stride=patch_size)})
-        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+    @property
+    def dim(self):
+        return self.vit["dim"] if self.vit else 2048
 
-    def positions(self, h, w):
-        """Position embeddings [1, 1 + h w, D], interpolated (bicubic) where the grid is another than the trained one."""
-        if (h, w) == self.grid:
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    @property
+    def family(self):
+        return "ViT" if self.vit else "ResNet-50"
 
-    def embed(self, x):
-        """Normalised images [B, 3, H, W] to tokens [B, 1 + h w, D], the cls token first."""
-        x = self.patch_embed["proj"](x)
-        h, w = x.shape[2:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
-        return x + self.positions(h, w)
 
-    def get_intermediate_layers(self, x, n=1, reshape=False, norm=True):
-        """Patch tokens of the last `n` blocks, called as in DINOv2's release: a list of [B, D, h, w] if reshape."""
-        h, w = (side // self.patch_embed["proj"].stride[0] for side in x.shape[2:])
-        x, outputs = self.embed(x), []
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            if number >= len(self.blocks) - n:
-                tokens = (self.norm(x) if norm else x)[:, 1:]
-                outputs.append(tokens.transpose(1, 2).unflatten(2, (h, w)) if reshape else tokens)
-        return outputs
+S, B, L = (dict(dim=dim, depth=depth, heads=dim // 64) for dim, depth in ((384, 12), (768, 12), (1024, 24)))
+G, H = dict(dim=1536, depth=40, heads=24, hidden=4096, mlp="swiglu12"), dict(dim=1280, depth=32, heads=20, hidden=5120, mlp="swiglu")
+DINO8, DINO16 = dict(grid=(28, 28)), dict(grid=(14, 14))
+DINOV2 = dict(grid=(37, 37), layer_scale=True, mask_token=True)
+DINOV2_REG = DINOV2 | dict(registers=("register_tokens", 4), antialias=True)
+DINOV3 = dict(grid=None, layer_scale=True, mask_token=True, registers=("storage_tokens", 4))
+DEPTH_ANYTHING = "https://huggingface.co/depth-anything/Depth-Anything-V2-{0}/resolve/main/depth_anything_v2_vit{1}.pth"
+
+ENCODERS = {row.name: row for row in (
+    Row("dinov2_vits14", "facebookresearch/dinov2", 14, S | DINOV2, "Apache-2.0"),
+    Row("dinov2_vitb14", "facebookresearch/dinov2", 14, B | DINOV2, "Apache-2.0"),
+    Row("dinov2_vitl14", "facebookresearch/dinov2", 14, L | DINOV2, "Apache-2.0"),
+    Row("dinov2_vitg14", "facebookresearch/dinov2", 14, G | DINOV2, "Apache-2.0"),
+    Row("dinov2_vits14_reg", "facebookresearch/dinov2", 14, S | DINOV2_REG, "Apache-2.0"),
+    Row("dinov2_vitb14_reg", "facebookresearch/dinov2", 14, B | DINOV2_REG, "Apache-2.0"),
+    Row("dinov2_vitl14_reg", "facebookresearch/dinov2", 14, L | DINOV2_REG, "Apache-2.0"),
+    Row("dinov2_vitg14_reg", "facebookresearch/dinov2", 14, G | DINOV2_REG, "Apache-2.0"),
+    Row("dinov3_vits16", "facebookresearch/dinov3", 16, S | DINOV3, "DINOv3 License"),
+    Row("dinov3_vitb16", "facebookresearch/dinov3", 16, B | DINOV3, "DINOv3 License"),
+    Row("dinov3_vitl16", "facebookresearch/dinov3", 16, L | DINOV3, "DINOv3 License"),
+    Row("dinov3_vith16plus", "facebookresearch/dinov3", 16, H | DINOV3, "DINOv3 License"),
+    Row("dino_vits8", "facebookresearch/dino", 8, S | DINO8, "Apache-2.0"),
+    Row("dino_vits16", "facebookresearch/dino", 16, S | DINO16, "Apache-2.0"),
+    Row("dino_vitb8", "facebookresearch/dino", 8, B | DINO8, "Apache-2.0"),
+    Row("dino_vitb16", "facebookresearch/dino", 16, B | DINO16, "Apache-2.0"),
+    Row("dino_resnet50", "facebookresearch/dino", 32, None, "Apache-2.0", "layer4"),
+    Row("mocov2_resnet50", "facebookresearch/moco", 32, None, "CC-BY-NC-4.0", "layer4",
+        "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"),
+    Row("ibot_vitl16", "bytedance/ibot", 16, L | DINO16, "Apache-2.0",
+        entry="https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitl_16/checkpoint_teacher.pth"),
+    Row("clip_vitb16", "openai/CLIP", 16, B | dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu"), "MIT", "norm", "ViT_B_16",
+        CLIP, clip_name),
+    Row("depth_anything_v2_vits", "DepthAnything/Depth-Anything-V2", 14, S | DINOV2, "Apache-2.0",
+        entry=DEPTH_ANYTHING.format("Small", "s")),
+    Row("depth_anything_v2_vitb", "DepthAnything/Depth-Anything-V2", 14, B | DINOV2, "CC-BY-NC-4.0",
+        entry=DEPTH_ANYTHING.format("Base", "b")),
+    Row("depth_anything_v2_vitl", "DepthAnything/Depth-Anything-V2", 14, L | DINOV2, "CC-BY-NC-4.0",
+        entry=DEPTH_ANYTHING.format("Large", "l")),
+    # Without released weights: for yours, and the stand-in of the miniature
+    Row("vit_small8", "built-in", 8, S | DINO8, "-"),
+    Row("vit_small14", "built-in", 14, S | dict(grid=(16, 16)), "-"),
+    Row("vit_small16", "built-in", 16, S | DINO16, "-"),
+    Row("vit_mini8", "built-in", 8, dict(dim=96, depth=4, heads=4, hidden=288, grid=(10, 20)), "MIT", "norm"),
+)}
 
 
 # ---- image encoders ---------------------------------------------------------------------------------------------------
 
 class ImageEncoder(nn.Module):
-    """A backbone and how its feature map is read. ImageNet normalisation happens here.
+    """A backbone and how its feature map is read. Normalisation of the colours happens here.
 
-    `spec` is what a checkpoint needs to build it again: name, feature, hub and, where it is known, image_size.
+    `spec` is what a checkpoint needs to build it again: name, feature and, where it is known, image_size.
     """
 
     def __init__(self, backbone, spec):
         super().__init__()
-        row = ENCODERS[spec["name"]]
-        self.backbone, self.spec = backbone, spec
-        self.patch_size, self.dim = row["patch_size"], row["dim"]
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.backbone, self.spec, self.row = backbone, spec, ENCODERS[spec["name"]]
+        self.patch_size, self.dim = self.row.patch_size, self.row.dim
+        for name, values in zip(("mean", "std"), self.row.normalization):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         """Images [B, 3, H, W] in [0, 1], H and W multiples of `.patch_size`, to features [B, D, h, w]."""
-        images = (images - self.mean) / self.std
-        return self.backbone.get_intermediate_layers(images, n=1, reshape=True, norm=self.spec["feature"] == "norm")[0]
+        x = (images - self.mean) / self.std
+        if self.row.vit:
+            return self.backbone.feature_map(x, self.spec["feature"])
+        net = self.backbone
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        return net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
     def check_size(self, size):
         """Raise InputError where the patch size does not divide an image size (H, W)."""
         for side in size:
             if side % self.patch_size:
                 below = side - side % self.patch_size
+                near = " and ".join(str(n) for n in (below, below + self.patch_size) if n)
                 raise InputError(f"--image-size {size[0]} {size[1]}: {self.spec['name']} has patches of {self.patch_size} "
-                                 f"pixels, which do not divide {side}; the nearest that they do are {below} and "
-                                 f"{below + self.patch_size}")
+                                 f"pixels, which do not divide {side}; the nearest that they do are {near}")
         return tuple(size)
+
+    def released_weights(self):
+        """The weights in the names and shapes of the release: a state dict, sharing memory."""
+        named = ((self.row.released_name(name, value.shape), value) for name, value in self.backbone.state_dict().items())
+        return {name: value.reshape(shape) for (name, shape), value in named}
 
 
 def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
@@ -150,34 +152,46 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
 
     Args:
         name_or_path: a name of ENCODERS, or a checkpoint or the folder that holds its last.pth.
-        weights: file with a state dict in the encoder's own names, or "random"; default: the released ones, by torch.hub.
-        hub: local clone of the encoder's repository, instead of the network.
-        feature: "prenorm" or "norm"; default: the encoder's (see ENCODERS), or the checkpoint's.
-    Raises InputError for an unknown name, weights that do not fit, or a hub that cannot be reached.
+        weights: a file that `encoder_weights` understands, or "random"; default: the released ones.
+        hub: local clone of the encoder's repository, whose hubconf.py gives the weights instead of the network's.
+        feature: one of FEATURES; default: the encoder's (see ENCODERS), or the checkpoint's.
+    Raises InputError for an unknown name or feature, and for weights that do not fit or cannot be reached.
     """
-    path = Path(name_or_path)
-    if name_or_path not in ENCODERS and path.exists():
+    if name_or_path not in ENCODERS and os.path.exists(name_or_path):
         if weights:
             raise InputError(f"--weights {weights}: {name_or_path} is a checkpoint and has weights of its own")
-        checkpoint = load_checkpoint(path, "image_encoder")
-        spec = dict(checkpoint["encoder"])
-        spec.update({key: value for key, value in (("hub", hub), ("feature", feature)) if value})
-        encoder = ImageEncoder(_architecture(spec["name"], spec["hub"]), spec)
-        _load_strictly(encoder.backbone, checkpoint["model"], path)
-        return encoder
-    if name_or_path not in ENCODERS:
-        near = difflib.get_close_matches(name_or_path, ENCODERS, n=3, cutoff=0.4)
-        raise InputError(f"--encoder {name_or_path}: neither a file nor a known encoder; "
-                         + (f"did you mean {' or '.join(near)}? " if near else "") + "`python models.py` lists them")
-    row = ENCODERS[name_or_path]
-    if row["source"] == "built-in" and weights is None:
-        raise InputError(f"--encoder {name_or_path}: the built-in ViT has no released weights; pass --weights FILE, or "
-                         f"--weights random")
-    spec = {"name": name_or_path, "feature": feature or row["feature"], "hub": hub and os.path.abspath(hub)}
-    encoder = ImageEncoder(_architecture(name_or_path, hub, pretrained=weights is None), spec)
-    if weights not in (None, "random"):
-        _load_strictly(encoder.backbone, _read(weights), weights)
-    return encoder
+        checkpoint = load_checkpoint(name_or_path, "image_encoder")
+        spec = checkpoint["encoder"]
+        row = _row(spec["name"])
+        backbone = _architecture(row)
+        load_strictly(backbone, checkpoint["model"], name_or_path)
+        return ImageEncoder(backbone, {"name": row.name, "feature": _feature(row, feature or spec["feature"]),
+                                       "image_size": spec["image_size"]})
+    row = _row(name_or_path)
+    spec = {"name": row.name, "feature": _feature(row, feature or row.feature)}
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return ImageEncoder(_architecture(row, "cpu"), spec)
+    state = encoder_weights(read(weights) if weights else _released(row, hub), weights or row.source)
+    backbone = _architecture(row)
+    own = {name: (*row.released_name(name, value.shape), value.shape) for name, value in backbone.state_dict().items()}
+    check_fit(state, {theirs: shape for theirs, shape, _ in own.values()}, f"{weights or row.source}: weights of another encoder "
+              f"than {row.name}")
+    backbone.load_state_dict({name: state[theirs].reshape(shape) for name, (theirs, _, shape) in own.items()})
+    return ImageEncoder(backbone, spec)
+
+
+def add_arguments(parser, **encoder):
+    """The flags that say which encoder and which feature; `encoder`: what `add_argument` needs for --encoder itself."""
+    add = parser.add_argument
+    add("--encoder", **encoder)
+    add("--weights", help="file with the encoder's weights, or 'random' (default: the released ones)")
+    add("--hub", help="local clone of the encoder's repository (default: torch.hub over the network)")
+    add("--feature", choices=FEATURES, help="of a ViT's last block: its output before or after the final LayerNorm, or its "
+        "attention's keys (default: the encoder's, see `python models.py`; prenorm for DINOv2, ScaLR supplement B.2)")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"),
+        help="images are resized to this (default: what the checkpoint says, else 224 448, Sec. 4.1)")
 
 
 def source_of(args):
@@ -189,21 +203,76 @@ def source_of(args):
             "feature": args.feature}
 
 
-def _architecture(name, hub=None, pretrained=False):
-    """The backbone: random weights (always the same ones), or the release's where `pretrained`."""
-    row = ENCODERS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if row["source"] == "built-in":
-            return ViT(row["patch_size"], row["dim"], **row["vit"])
-        if hub is not None and not Path(hub, "hubconf.py").is_file():
-            raise InputError(f"--hub {hub}: no hubconf.py there; clone https://github.com/{row['source']}")
-        try:
-            return torch.hub.load(hub or row["source"], name, source="local" if hub else "github", pretrained=pretrained,
-                                  verbose=False)
-        except (OSError, RuntimeError) as error:  # RuntimeError: what torch.hub makes of a missing network
-            raise InputError(f"--encoder {name}: torch.hub cannot load it ({str(error).splitlines()[0]}); offline, clone https://github.com/"
-                             f"{row['source']} and pass --hub DIR, and the weights with --weights FILE") from None
+def encoder_weights(content, source):
+    """The image encoder's state dict out of what a file of weights holds, in the encoder's own names.
+
+    A training checkpoint's teacher is taken before its student (DINO, iBOT, DINOv2); what wraps the encoder is taken off its
+    names (DataParallel, MoCo's query encoder, Depth Anything's and CLIP's models); heads on top of it are left out.
+    """
+    for key in ("teacher", "student", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise InputError(f"{source}: holds a {type(content).__name__} and no state dict")
+    content = {str(name).removeprefix("module."): value for name, value in content.items()}
+    for prefix in ("teacher.", "student.", "encoder_q.", "backbone.", "pretrained.", "visual."):
+        content = strip(content, prefix)
+    # DINOv2's training numbers the blocks inside chunks: blocks.1.7 is block 7
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in content.items()
+            if not name.startswith(("head.", "fc.", "masked_embed"))}
+
+
+def _row(name):
+    if name in ENCODERS:
+        return ENCODERS[name]
+    near = difflib.get_close_matches(name, ENCODERS, n=3, cutoff=0.4)
+    raise InputError(f"--encoder {name}: neither a file nor a known encoder; "
+                     + (f"did you mean {' or '.join(near)}? " if near else "") + "`python models.py` lists them")
+
+
+def _feature(row, feature):
+    possible = FEATURES if row.vit else (row.feature,)
+    if feature not in possible:
+        raise InputError(f"--feature {feature}: {row.name} has {', '.join(possible)}")
+    return feature
+
+
+def _architecture(row, device="meta"):
+    """The backbone of a row, with random weights, or on "meta" with none: `load_state_dict` then has to bring them all."""
+    with torch.device(device):
+        if row.vit:
+            backbone = ViT(row.patch_size, **row.vit)
+        else:
+            from torchvision.models import resnet50  # here, so that ViTs do not need torchvision
+            backbone = resnet50()
+            backbone.fc = nn.Identity()
+    return backbone.to_empty(device="cpu") if device == "meta" else backbone
+
+
+def _released(row, hub):
+    """What the release gives: its model's state dict by torch.hub, or the content of its file of weights."""
+    if row.source == "built-in":
+        raise InputError(f"--encoder {row.name}: the built-in ViT has no released weights; pass --weights FILE, or --weights random")
+    is_file = row.entry.startswith("https://")
+    if hub and is_file:
+        raise InputError(f"--hub {hub}: {row.source} has no entry for torch.hub; download {row.entry} and pass --weights FILE")
+    if hub and not Path(hub, "hubconf.py").is_file():
+        raise InputError(f"--hub {hub}: no hubconf.py there; clone https://github.com/{row.source}")
+    try:
+        if is_file:
+            path = Path(torch.hub.get_dir(), "checkpoints", f"{row.name}.pth")
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(row.entry, path)
+        else:
+            model = torch.hub.load(hub or row.source, row.entry or row.name, source="local" if hub else "github",
+                                   trust_repo=True, verbose=False)  # trusted: the user named it, or it is in the table
+    except Exception as error:  # no network, no such entry, a package that the repository needs: it can be anything
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"--encoder {row.name}: cannot be loaded from {hub or row.source} ({type(error).__name__}: {reason}); offline, "
+                         f"pass --weights FILE" + ("" if is_file else f", or a clone of https://github.com/{row.source} as --hub DIR")
+                         ) from None
+    return read(path) if is_file else (model[0] if isinstance(model, tuple) else model).state_dict()  # CLIP's: (model, transform)
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
@@ -239,43 +308,11 @@ def linear_head(kind, dim, outputs, batchnorm=nn.BatchNorm1d):
     return nn.Sequential(before(dim), linear)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-def load_checkpoint(path, kind):
-    """The checkpoint at `path` (or last.pth in that folder), which must be of this kind: image_encoder, point_encoder, probe."""
-    path = Path(path)
-    content = _read(path / "last.pth" if path.is_dir() else path)
-    found = content.get("kind") if isinstance(content, dict) else None
-    if found != kind:
-        raise InputError(f"{path}: a checkpoint of kind {found}, but {kind} is needed here "
-                         f"(stage1.py writes point_encoder, stage2.py image_encoder, probe.py probe)")
-    return content
-
-
-def _read(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is the run that writes it finished?") from None
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: torch.load cannot read it with weights_only=True "
-                         f"({str(error).strip().splitlines()[0] if str(error) else type(error).__name__})") from None
-
-
-def _load_strictly(module, state_dict, source):
-    """load_state_dict that names the first five keys that do not fit."""
-    own = module.state_dict()
-    wrong = [f"{key} missing" for key in own.keys() - state_dict.keys()]
-    wrong += [f"{key} unexpected" for key in state_dict.keys() - own.keys()]
-    wrong += [f"{key} is {tuple(state_dict[key].shape)}, not {tuple(own[key].shape)}"
-              for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
-    if wrong:
-        raise InputError(f"{source}: weights of another encoder; {len(wrong)} keys do not fit: "
-                         + ", ".join(sorted(wrong)[:5]))
-    module.load_state_dict(state_dict, strict=True)
-
-
 if __name__ == "__main__":
-    print(f"{'name':20} {'from':24} patch  width  feature")
-    for name, row in ENCODERS.items():
-        print(f"{name:20} {row['source']:24} {row['patch_size']:5}  {row['dim']:5}  {row['feature']}")
+    print(f"{'name':22} {'from':31} patch  width  {'feature map':21} {'normalised as':13}  license of the weights")
+    for row in ENCODERS.values():
+        feature_map = f"patch tokens, {row.feature}" if row.vit else "last stage"
+        print(f"{row.name:22} {row.source:31} {row.patch_size:5}  {row.dim:5}  {feature_map:21} "
+              f"{'CLIP' if row.normalization is CLIP else 'ImageNet':13}  {row.license}")
+    for name, (mean, std) in (("ImageNet", IMAGENET), ("CLIP", CLIP)):
+        print(f"{name}: mean {mean}, standard deviation {std} of R, G, B in [0, 1]")

@@ -16,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import models
 import training
-from data import CLASSES, DEPTHS, Frames, collate, load_index
+from data import CLASSES, CLOUD, DEPTHS, Frames, collate, load_index
 from distill import features_at_points
 from errors import InputError, one_line_errors
-from models import linear_head, load_image_encoder, source_of
 from waffleiron import BatchNorm, load_waffleiron
 
 
 # The papers' hyper-parameters by task (C.3; seg3d: ScaLR supplement B.3). lr and end_lr: peak and end of the cosine.
 PAPER = {
-    "seg": dict(cameras="all", epochs=10, batch=4, lr=5e-4, end_lr=0.0, warmup=0, weight_decay=1e-4, head="linear"),
-    "depth": dict(cameras="CAM_FRONT", epochs=10, batch=16, lr=1e-2, end_lr=0.0, warmup=0, weight_decay=1e-4, head="linear"),
+    "seg": dict(cameras="all", epochs=10, batch=4, lr={"ViT": 5e-4, "ResNet-50": 1e-2}, end_lr=0.0,
+                warmup=0, weight_decay=1e-4, head="linear"),
+    "depth": dict(cameras="CAM_FRONT", epochs=10, batch=16, lr={"ViT": 1e-2, "ResNet-50": 1e-1}, end_lr=0.0,
+                  warmup=0, weight_decay=1e-4, head="linear"),
     "seg3d": dict(cameras="all", epochs=20, batch=8, lr=1e-3, end_lr=1e-5, warmup=2, weight_decay=3e-3, head="batchnorm"),
 }
 
@@ -37,14 +39,12 @@ def parse(argv=None):
     training.add_arguments(parser, out_required=False)
     add = parser.add_argument
     add("--task", choices=PAPER, required=True, help="seg: 16 classes; depth: metres; seg3d: 16 classes on WaffleIron's features")
-    add("--encoder", required=True, help="an encoder's name or stage 2's folder; for seg3d stage 1's folder")
-    add("--weights", help="file with the encoder's weights, or 'random' (default: the released ones)")
-    add("--hub", help="local clone of the encoder's repository (default: torch.hub over the network)")
-    add("--feature", choices=("prenorm", "norm"), help="(default: the encoder's)")
-    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="(default: 224 448, C.3, or the checkpoint's)")
+    models.add_arguments(parser, required=True, help="an encoder's name or stage 2's folder; for seg3d stage 1's folder, or released weights")
 
     def by_task(name):
-        return ", ".join(f"{task} {row[name]}" for task, row in PAPER.items())
+        values = {task: row[name] for task, row in PAPER.items()}
+        return "; ".join(f"{task} " + (", ".join(f"{family} {v}" for family, v in value.items()) if isinstance(value, dict) else str(value))
+                         for task, value in values.items())
     add("--cameras", help=f"all or a channel (default: {by_task('cameras')})")
     add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
     add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
@@ -131,18 +131,20 @@ def main(argv=None):
     device = training.start(args)
     if args.cache and training.world() > 1:
         raise InputError("--cache is for a single process: it holds all features; start without torchrun")
-    checkpoint = training.find_last(args)
 
     # ---- data and frozen encoder ----
     with training.first_process_first():
-        index = load_index(args.data, args.version)
         if args.task == "seg3d":
             encoder, stage1 = load_waffleiron(args.encoder)
-            image_size, cloud, dim = None, stage1["cloud"], encoder.spec["channels"]
+            image_size, cloud, dim = None, stage1.get("cloud", CLOUD), encoder.spec["channels"]
         else:
-            encoder = load_image_encoder(args.encoder, args.weights, args.hub, args.feature)
+            encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature)
             image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", (224, 448)), None, encoder.dim
             image_size = encoder.check_size(image_size)
+            args.lr = args.lr[encoder.row.family] if isinstance(args.lr, dict) else args.lr
+    checkpoint = training.find_last(args)
+    with training.first_process_first():
+        index = load_index(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     encoder = encoder.to(device).eval().requires_grad_(False)
@@ -164,7 +166,7 @@ def main(argv=None):
 
     # ---- head ----
     outputs = 1 if args.task == "depth" else len(CLASSES) - 1
-    head = linear_head(args.head, dim, outputs, BatchNorm).to(device)
+    head = models.linear_head(args.head, dim, outputs, BatchNorm).to(device)
     if args.head == "whitened" and checkpoint is None:
         head[0].fit(torch.cat([item["features"][::4] for item in frames.items]).float().to(device))
     model = training.distribute(head, device)
@@ -201,7 +203,7 @@ def main(argv=None):
             log.mean()  # raises rather than save what is not finite
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim,
-                "encoder": source_of(args), "image_size": image_size, "data": os.path.abspath(args.data),
+                "encoder": models.source_of(args), "image_size": image_size, "data": os.path.abspath(args.data),
                 "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
     if training.rank() == 0:
         print(f"next: python eval.py {args.out}", flush=True)

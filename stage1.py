@@ -14,25 +14,20 @@ import os
 import torch
 from tqdm import tqdm
 
+import models
 import training
 from data import CLOUD, CONDITIONS, Frames, collate, load_index, plane_sizes
 from distill import distillation_loss, sample_features
 from errors import one_line_errors
-from models import load_image_encoder, source_of
 from waffleiron import WaffleIron
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_arguments(parser)
+    models.add_arguments(parser, default="dinov2_vits14",
+                         help="image encoder: a name that `python models.py` lists, or a checkpoint (default: %(default)s)")
     add = parser.add_argument
-    add("--encoder", default="dinov2_vits14", help="image encoder: a name that `python models.py` lists, or a checkpoint")
-    add("--weights", help="file with the encoder's weights, or 'random' (default: the released ones)")
-    add("--hub", help="local clone of the encoder's repository (default: torch.hub over the network)")
-    add("--feature", choices=("prenorm", "norm"), help="feature to distil, before or after the final LayerNorm "
-        "(default: the encoder's; prenorm for DINOv2, ScaLR supplement B.2)")
-    add("--image-size", type=int, nargs=2, metavar=("H", "W"),
-        help="images are resized to this (default: 224 448, Sec. 4.1, or what the encoder's checkpoint says)")
     add("--channels", type=int, default=768, help="width of WaffleIron (default: %(default)s, Sec. 4.1)")
     add("--depth", type=int, default=48, help="layers of WaffleIron (default: %(default)s, ScaLR Sec. 4.1)")
     add("--norm", choices=("layernorm", "batchnorm"), help="in WaffleIron's layers (default: layernorm at width 768, else "
@@ -66,7 +61,7 @@ def main(argv=None):
     # ---- data ----
     with training.first_process_first():
         index = load_index(args.data, args.version)
-        encoder = load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device).eval()
+        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device).eval()
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", (224, 448)))
@@ -124,7 +119,7 @@ def main(argv=None):
             log.mean()  # raises rather than save what is not finite
             training.save(os.path.join(args.out, "last.pth"), {
                 "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
-                "cloud": cloud, "encoder": source_of(args), "image_size": image_size,
+                "cloud": cloud, "encoder": models.source_of(args), "image_size": image_size,
                 "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
 
 

@@ -1,7 +1,8 @@
 """Stage 2, 3D-anchored self-supervision: the frozen 3D encoder pulls the image encoder's features to the clear-day ones.
 
 Collaborative-distillation paper, Sec. 3.2: stage 1's loss and weights with the gradient's direction switched, on all
-conditions. The encoder, its feature, the image size and WaffleIron's shape come from stage 1's checkpoint.
+conditions. The encoder, its feature, the image size and WaffleIron's shape come from stage 1's checkpoint. With ScaLR's
+released WaffleIron there is no need of one (Table D, second row): --stage1 WI_768-.../model.pth --encoder dinov2_vitl14.
 
     torchrun --nproc_per_node 4 stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2     # N GPUs
     python stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2                          # one GPU
@@ -16,26 +17,31 @@ import os
 import torch
 from tqdm import tqdm
 
+import models
 import training
-from data import CONDITIONS, Frames, collate, load_index
+from data import CLOUD, CONDITIONS, Frames, collate, load_index
 from distill import distillation_loss, sample_features
-from errors import one_line_errors
-from models import load_image_encoder
+from errors import InputError, one_line_errors
 from waffleiron import load_waffleiron
+
+LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_arguments(parser)
     add = parser.add_argument
-    add("--stage1", required=True, help="stage 1's folder or checkpoint")
+    add("--stage1", required=True, help="stage 1's folder or checkpoint, or released weights of ScaLR")
+    models.add_arguments(parser, help="the image encoder to train (default: stage 1's own, with its --weights, --hub and --feature)")
+    add("--train-batchnorm", action="store_true", help="let a ResNet-50's BatchNorm normalise by the batch and update its statistics, "
+        "each process its own (default: they stay as released)")
     add("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS),
         help="frames to learn from (default: all, Sec. 3.2)")
     add("--cameras", default="all", help="of a frame: all (an epoch sees each), random (one), or a channel "
         "(default: %(default)s; the GPU-hours of Table L)")
     add("--epochs", type=int, default=1, help="(default: %(default)s, Sec. 4.1)")
     add("--batch", type=int, default=32, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
-    add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)s, Sec. 4.1, for a ViT)")
+    add("--lr", type=float, default=LR, help="peak learning rate (default: ViT 2e-5, ResNet-50 5e-3, Sec. 4.1)")
     add("--end-lr", type=float, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
     add("--warmup", type=float, default=0.1, help="part of the run from 0 to --lr (default: %(default)s, our choice)")
     add("--weight-decay", type=float, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
@@ -46,20 +52,34 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     device = training.start(args)
-    checkpoint = training.find_last(args)
-    waffleiron, stage1 = load_waffleiron(args.stage1)
-    if stage1["step"] < stage1["total"] and training.rank() == 0:
+
+    # ---- both encoders ----
+    waffleiron, stage1 = load_waffleiron(args.stage1)  # of released weights nothing but the weights is known
+    if stage1.get("step", 0) < stage1.get("total", 0) and training.rank() == 0:
         print(f"{args.stage1}: stage 1 is unfinished, step {stage1['step']} of {stage1['total']}", flush=True)
+    if not args.encoder and not stage1:
+        raise InputError(f"--stage1 {args.stage1}: released weights do not say which image encoder they were trained for; add "
+                         "--encoder (ScaLR: dinov2_vitl14)")
+    chosen = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub, "feature": args.feature}
+    chosen = {name: value for name, value in chosen.items() if value}
+    with training.first_process_first():
+        encoder = models.load_image_encoder(**(chosen if args.encoder else stage1["encoder"] | chosen)).to(device)
+    if encoder.dim != waffleiron.spec["out_channels"]:
+        raise InputError(f"--encoder {encoder.spec['name']}: its features have {encoder.dim} channels, the head of --stage1 {args.stage1} "
+                         f"gives {waffleiron.spec['out_channels']}; it was trained for another encoder")
+    if args.train_batchnorm and encoder.row.vit:
+        raise InputError(f"--train-batchnorm: {encoder.spec['name']} has no BatchNorm")
+    image_size = encoder.check_size(args.image_size or stage1.get("image_size", (224, 448)))
+    args.lr = args.lr[encoder.row.family] if isinstance(args.lr, dict) else args.lr
+    checkpoint = training.find_last(args)
 
     # ---- data ----
     with training.first_process_first():
         index = load_index(args.data, args.version)
-        encoder = load_image_encoder(**stage1["encoder"]).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
-    image_size = tuple(stage1["image_size"])
-    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size, stage1["cloud"],
-                    training=True, seed=args.seed)
+    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size,
+                    stage1.get("cloud", CLOUD), training=True, seed=args.seed)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -67,7 +87,7 @@ def main(argv=None):
 
     # ---- model ----
     waffleiron = waffleiron.to(device).eval().requires_grad_(False)
-    encoder.eval()  # trained, but without dropping anything: what is distilled is what is used later
+    encoder.train(args.train_batchnorm)  # in eval() it is trained too, as what it will be used as
     model = training.distribute(encoder, device, find_unused_parameters=True)  # e.g. the final norm, for "prenorm"
 
     # ---- optimizer ----

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from checkpoints import read
 from errors import InputError
 
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every"}  # arguments that a resumed run may be given anew
@@ -182,10 +183,10 @@ def find_last(args):
     if not path.is_file():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read(path)
         before = checkpoint["args"]
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__}); delete it or choose another --out") from None
+    except (InputError, KeyError, TypeError):
+        raise InputError(f"{path}: not a checkpoint, or damaged; delete it or choose another --out") from None
     now = vars(args)
     changed = sorted(k for k in now.keys() | before.keys() if k not in MAY_CHANGE and now.get(k) != before.get(k))
     if changed:

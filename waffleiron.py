@@ -1,8 +1,8 @@
 """WaffleIron, the 3D encoder: a deep stack of 2D convolutions on planes and MLPs on points.
 
 Puy, Boulch, Marlet, "Using a Waffle Iron for Automotive Point Cloud Semantic Segmentation", ICCV 2023, Sec. 3; at width
-768 with LayerNorm in the blocks as in ScaLR, Sec. 4.1. Weights go from and to the published names: `from_released`,
-`to_released`.
+768 with LayerNorm in the blocks as in ScaLR, Sec. 4.1. Weights go from and to the published names, those of WaffleIron,
+ScaLR and ScaLR+: `from_released`, `to_released`.
 
 Points are points-first and ragged: the clouds of a batch lie one after the other in `[N, C]` and `batch [N]` says which
 cloud a point is from. Then normalisation and channel mixing are plain layers on rows, flattening points to a plane is
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
+from checkpoints import check_fit, check_kind, load_strictly, read
 from errors import InputError
 
 GRIDS = ((256, 256), (256, 32), (256, 32))   # cells (H, W) of the planes with normal axis z, y, x
@@ -116,10 +117,10 @@ class Embedding(nn.Module):
 class SpatialMix(nn.Module):
     """Depthwise 3x3 convolutions on a plane: [N, C] -> [N, C], what is added to the points."""
 
-    def __init__(self, channels, norm):
+    def __init__(self, channels, norm, activation):
         super().__init__()
         self.norm = norm(channels)
-        self.ffn = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.ReLU(),
+        self.ffn = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), activation(),
                                  nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
         self.scale = initial_scale(channels)
 
@@ -137,10 +138,10 @@ class SpatialMix(nn.Module):
 class ChannelMix(nn.Module):
     """An MLP on each point: [N, C] -> [N, C], what is added to the points."""
 
-    def __init__(self, channels, norm):
+    def __init__(self, channels, norm, activation):
         super().__init__()
         self.norm = norm(channels)
-        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), activation(), nn.Linear(channels, channels))
         self.scale = initial_scale(channels)
 
     def forward(self, x):
@@ -153,29 +154,40 @@ def initial_scale(channels):
     return nn.Parameter(torch.empty(channels).uniform_(-1, 1))
 
 
+NORMS = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+HEADS = {"linear": lambda channels, hidden, out: nn.Linear(channels, out),
+         "batchnorm": lambda channels, hidden, out: nn.Sequential(BatchNorm(channels), nn.Linear(channels, out)),
+         "mlp": lambda channels, hidden, out: nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, out))}
+
+
 class WaffleIron(nn.Module):
     """The 3D encoder; the defaults are WI-48-768 as in ScaLR, with an output for a ViT-S/14.
 
     in_channels, channels, depth, out_channels: widths and number of layers. norm: "layernorm" or "batchnorm", inside
     the blocks; the embedding keeps BatchNorm. grids: (H, W) of each plane; layer i works on plane i mod P. drop_path:
-    probability, in training, that a cloud skips a residual branch (ScaLR's fine-tuning: 0.2). `spec` holds these
-    arguments, so that `WaffleIron(**model.spec)` builds the same. `crop = False` turns cropping off: the same result,
-    slower. Raises ValueError for another norm.
+    probability, in training, that a cloud skips a residual branch (ScaLR's fine-tuning and ScaLR+: 0.2). activation:
+    "relu" or "gelu", inside the blocks; the embedding keeps ReLU. head: "linear", "batchnorm" (before a linear layer,
+    ScaLR downstream) or "mlp" (`hidden` wide, with a ReLU); ScaLR+ has "gelu" and "mlp". `spec` holds these arguments,
+    so that `WaffleIron(**model.spec)` builds the same. `crop = False` turns cropping off: the same result, slower.
+    Raises ValueError for another norm, activation or head.
     """
 
     def __init__(self, in_channels=5, channels=768, depth=48, out_channels=384, norm="layernorm", grids=GRIDS,
-                 drop_path=0.0):
+                 drop_path=0.0, activation="relu", head="linear", hidden=2048):
         super().__init__()
-        norms = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
-        if norm not in norms:
-            raise ValueError(f"norm is {norm!r}, not one of {', '.join(norms)}")
+        for name, value, known in (("norm", norm, NORMS), ("activation", activation, ACTIVATIONS), ("head", head, HEADS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, not one of {', '.join(known)}")
         self.spec = dict(in_channels=in_channels, channels=channels, depth=depth, out_channels=out_channels, norm=norm,
-                         grids=tuple(map(tuple, grids)), drop_path=drop_path)
+                         grids=tuple(map(tuple, grids)), drop_path=drop_path, activation=activation, head=head,
+                         hidden=hidden)
         self.crop = True
         self.embed = Embedding(in_channels, channels)
-        self.spatial_mix = nn.ModuleList(SpatialMix(channels, norms[norm]) for _ in range(depth))
-        self.channel_mix = nn.ModuleList(ChannelMix(channels, norms[norm]) for _ in range(depth))
-        self.head = nn.Linear(channels, out_channels)
+        block = channels, NORMS[norm], ACTIVATIONS[activation]
+        self.spatial_mix = nn.ModuleList(SpatialMix(*block) for _ in range(depth))
+        self.channel_mix = nn.ModuleList(ChannelMix(*block) for _ in range(depth))
+        self.head = HEADS[head](channels, hidden, out_channels)
 
     def forward(self, feats, cells, neighbors, batch):
         """feats [N, Cin], cells [P, N], neighbors [N, K], batch [N] -> [N, Cout].
@@ -186,7 +198,7 @@ class WaffleIron(nn.Module):
         return self.head(self.features(feats, cells, neighbors, batch))
 
     def features(self, feats, cells, neighbors, batch):
-        """What the linear head is put on; arguments as for forward -> [N, channels], float32 under autocast too."""
+        """What the head is put on; arguments as for forward -> [N, channels], float32 under autocast too."""
         clouds = int(batch.max()) + 1
         windows = [plan_window(plane, batch, clouds, grid, self.crop)
                    for plane, grid in zip(cells, self.spec["grids"], strict=True)]
@@ -208,6 +220,7 @@ class WaffleIron(nn.Module):
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 
+RELEASED = ("model_point", "model_points", "net")      # where released files hold the weights
 RENAMED = {"embed.point.": "embed.conv1.", "embed.edges.": "embed.conv2.", "spatial_mix.": "waffleiron.spatial_mix.",
            "channel_mix.": "waffleiron.channel_mix.", "head.": "classif."}   # ours: published; other names are equal
 
@@ -224,17 +237,6 @@ def published(name, shape):
     return name, tuple(shape)
 
 
-def check_fit(state, expected, subject):
-    """Raise InputError, naming the first five differences, unless the tensors in state have these {name: shape}."""
-    wrong = [f"missing {name}" for name in expected if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in expected]
-    wrong += [f"{name} has shape {tuple(getattr(state[name], 'shape', ()))} instead of {tuple(shape)}"
-              for name, shape in expected.items() if name in state and getattr(state[name], "shape", None) != shape]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{subject}: {'; '.join(wrong[:5])}{more}")
-
-
 def to_released(model):
     """The weights and statistics of a WaffleIron in the published names and shapes: a state dict, sharing memory."""
     state = {}
@@ -244,57 +246,71 @@ def to_released(model):
     return state
 
 
-def from_released(state_dict, grids=GRIDS):
-    """A WaffleIron with published weights; its sizes and norm are inferred from names and shapes.
+def from_released(state_dict, grids=GRIDS, subject="state_dict"):
+    """A WaffleIron with published weights, in float32; sizes, norm, activation and head are inferred from names and shapes.
 
-    state_dict: {published name: tensor} of the ReLU model with one linear head `classif`, `module.` prefixes allowed.
-    grids: as for WaffleIron; they are not in the weights. Raises InputError, naming the first five differences, for
+    state_dict: {published name: tensor}, `module.` prefixes allowed, with one of three heads: a linear layer (`classif`:
+    WaffleIron, ScaLR), BatchNorm and a linear layer (`classif.0`, `.1`: ScaLR downstream) or an MLP (`classif.0`, `.2`:
+    ScaLR+, which also has GELU in the blocks and was trained with a drop path of 0.2). GELU is not in the weights: under
+    another head, as after fine-tuning, ScaLR+ would be taken for ScaLR. grids: as for WaffleIron; they are not in the
+    weights either. subject: what an error message begins with. Raises InputError, naming the first five differences, for
     missing or unexpected names and wrong shapes.
     """
-    subject = ("these weights are not those of a published WaffleIron (plain ReLU model, one linear head 'classif'); "
-               "give the state dict itself, for ScaLR the entry 'model_point'")
+    subject = (f'{subject}: not the weights of a published WaffleIron, as "model_point" in ScaLR\'s model.pth and "net" in '
+               "ckpt_last.pth are")
     if not isinstance(state_dict, dict):
         raise InputError(f"{subject}: this is a {type(state_dict).__name__}")
     state = {str(name).removeprefix("module."): value for name, value in state_dict.items()}
-    sizes = [tuple(getattr(state.get(name), "shape", ())) for name in ("embed.conv1.weight", "classif.weight")]
+    heads = {"classif.2.weight": "mlp", "classif.1.weight": "batchnorm", "classif.weight": "linear"}    # by the last layer
+    last = next((name for name in heads if name in state), "classif.weight")
+    sizes = [tuple(getattr(state.get(name), "shape", ())) for name in ("embed.conv1.weight", last)]
     if [len(size) for size in sizes] != [3, 3]:
-        raise InputError(f"{subject}: embed.conv1.weight and classif.weight must have three dimensions, "
+        raise InputError(f"{subject}: embed.conv1.weight and {last} must have three dimensions, "
                          f"there are {sizes[0]} and {sizes[1]}")
-    (channels, in_channels, _), (out_channels, _, _) = sizes
+    (channels, in_channels, _), (out_channels, hidden, _) = sizes
     layers = {name.split(".")[2] for name in state if name.startswith("waffleiron.spatial_mix.")}
     norm = "batchnorm" if "waffleiron.spatial_mix.0.norm.running_mean" in state else "layernorm"
+    plus = dict(activation="gelu", drop_path=0.2, hidden=hidden) if heads[last] == "mlp" else {}
     # On the meta device the model costs nothing until the names and shapes are known to fit.
     with torch.device("meta"):
-        model = WaffleIron(in_channels, channels, len(layers), out_channels, norm, grids)
-    check_fit(state, {name: value.shape for name, value in to_released(model).items()}, subject)
-    model.to_empty(device="cpu")
-    model.load_state_dict({name: state[published(name, value.shape)[0]].reshape(value.shape)
-                           for name, value in model.state_dict().items()})
+        model = WaffleIron(in_channels, channels, len(layers), out_channels, norm, grids, head=heads[last], **plus)
+    ours = model.state_dict()
+    check_fit(state, dict(published(name, value.shape) for name, value in ours.items()), subject)
+    model.to_empty(device="cpu").load_state_dict({name: state[published(name, value.shape)[0]].reshape(value.shape)
+                                                  for name, value in ours.items()})
     return model
 
 
 def load_waffleiron(path):
-    """A stage-1 checkpoint (or the folder of its `last.pth`) -> (WaffleIron on the CPU, the whole checkpoint).
+    """A file of weights, or the folder it is in -> (WaffleIron on the CPU, the checkpoint it is from).
 
-    The checkpoint is a dict with the model's arguments under "waffleiron" and its state dict under "model". Raises
-    InputError, naming the path and the way out, where the file is missing or holds something else.
+    Either a checkpoint of stage1.py (last.pth), returned whole beside the model that its "waffleiron" and "model" make; or
+    a released file of ScaLR, ScaLR+ or WaffleIron (model.pth, ckpt_last.pth), known by its entry "model_point",
+    "model_points" or "net". Nothing but weights is in the latter: the dict beside the model is empty, the planes are
+    `GRIDS`, and the callers take ScaLR's settings. (The original WaffleIron for nuScenes had others, ±50 m in cells of
+    60 cm: `from_released` takes its grids.) Raises InputError, naming the file and the way out, where it is missing, would
+    run code, holds something else, or its weights do not fit.
     """
-    path = Path(path)
-    file = path / "last.pth" if path.is_dir() else path
-    remedy = "give a checkpoint of stage1.py or the folder it wrote it to"
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; {remedy}")
+    files = [Path(path) / name for name in ("last.pth", "model.pth", "ckpt_last.pth")]
+    path = next((file for file in files if file.is_file()), path)
+    content = read(path)
+    keys = list(content) if isinstance(content, dict) else []
+    for entry in RELEASED:
+        if entry in keys:
+            return from_released(content[entry], subject=path), {}
+    if "kind" not in keys:
+        held = f"the keys {keys[:5]}" if keys else f"a {type(content).__name__}"
+        raise InputError(f"{path}: not a stage-1 checkpoint, nor released weights under {', '.join(RELEASED)}: it holds "
+                         f"{held}; give what stage1.py wrote, or ScaLR's model.pth")
+    check_kind(content, path, "point_encoder")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        spec, state = checkpoint["waffleiron"], checkpoint["model"]
         with torch.device("meta"):
-            model = WaffleIron(**spec)
-        state = dict(state)
-    except Exception as error:      # whatever torch.load, the lookups or the constructor make of somebody else's file
+            model = WaffleIron(**content["waffleiron"])
+        state = dict(content["model"])
+    except Exception as error:      # whatever the lookups or the constructor make of another version's file
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"{file}: not a stage-1 checkpoint ({type(error).__name__}: {reason}); {remedy}") from error
-    check_fit(state, {name: value.shape for name, value in model.state_dict().items()},
-              f'{file}: its weights do not fit its "waffleiron" arguments; {remedy}')
-    model.to_empty(device="cpu")
-    model.load_state_dict(state)
-    return model, checkpoint
+        raise InputError(f"{path}: no WaffleIron can be built from it ({type(error).__name__}: {reason}); is it of another "
+                         "version? Write it anew with stage1.py") from error
+    load_strictly(model.to_empty(device="cpu"), state,
+                  f'{path}: its weights do not fit its "waffleiron" arguments; write it anew with stage1.py')
+    return model, content

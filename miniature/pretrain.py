@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
 from data import load_index, read_image
 from errors import InputError, one_line_errors
-from models import ENCODERS, Block, ImageEncoder, ViT
+from models import ENCODERS, ImageEncoder
+from vit import Block, ViT
 
 
 def patches_of(images, patch):
@@ -51,7 +52,7 @@ class MaskedAutoencoder(nn.Module):
         dim, tokens = encoder.pos_embed.shape[2], encoder.pos_embed.shape[1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
-        self.decoder = Block(dim, 4, 3)
+        self.decoder = Block(dim, 4, 3 * dim)
         self.predict = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * patch_size**2))
 
     def forward(self, images):
@@ -81,7 +82,7 @@ class MaskedAutoencoder(nn.Module):
 def standardise(vit, images):
     """Set the last LayerNorm's affine so that patch tokens over `images` have mean 0 and standard deviation 1."""
     nn.init.ones_(vit.norm.weight), nn.init.zeros_(vit.norm.bias)
-    tokens = torch.cat([vit.get_intermediate_layers(batch)[0].flatten(0, 1) for batch in images.split(64)])
+    tokens = torch.cat([vit.feature_map(batch, "norm").flatten(2).transpose(1, 2).flatten(0, 1) for batch in images.split(64)])
     vit.norm.weight.copy_(1 / tokens.std(0))
     vit.norm.bias.copy_(-tokens.mean(0) / tokens.std(0))
 
@@ -92,7 +93,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="data/pretrain", help="miniature world; its day-clear training frames are used (default: %(default)s)")
     add("--out", default="miniature/encoder.pth", help="checkpoint to write (default: %(default)s)")
-    add("--name", default="vit_mini8", choices=[n for n, row in ENCODERS.items() if row["source"] == "built-in"])
+    add("--name", default="vit_mini8", choices=[n for n, row in ENCODERS.items() if row.source == "built-in"])
     add("--image-size", type=int, nargs=2, default=[80, 160], metavar=("H", "W"), help="(default: 80 160)")
     add("--epochs", type=int, default=30, help="(default: %(default)s)")
     add("--batch", type=int, default=32, help="images in a batch (default: %(default)s)")
@@ -117,10 +118,10 @@ def main(argv=None):
 
     # ---- model ----
     row = ENCODERS[args.name]
-    vit = ViT(row["patch_size"], row["dim"], **row["vit"])
-    encoder = ImageEncoder(vit, {"name": args.name, "feature": "norm", "hub": None, "image_size": tuple(args.image_size)})
+    vit = ViT(row.patch_size, **row.vit)
+    encoder = ImageEncoder(vit, {"name": args.name, "feature": "norm", "image_size": tuple(args.image_size)})
     encoder.check_size(args.image_size)
-    model = MaskedAutoencoder(vit, row["patch_size"], args.masked, args.raw, args.decorrelate)
+    model = MaskedAutoencoder(vit, row.patch_size, args.masked, args.raw, args.decorrelate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, betas=(0.9, 0.95))
     total = len(images) // args.batch * args.epochs
 

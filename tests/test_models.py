@@ -1,34 +1,41 @@
-import textwrap
+import subprocess
+import sys
 from urllib.error import URLError
 
 import pytest
 import torch
 
+from checkpoints import load_checkpoint
+from conftest import ROOT
 from errors import InputError
-from models import ENCODERS, ImageEncoder, ViT, Whitening, linear_head, load_checkpoint, load_image_encoder
+from models import ENCODERS, ImageEncoder, Whitening, linear_head, load_image_encoder
+from releases import Upstream, released_file, released_state, write_hub
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """A stand-in for a clone of DINOv2's repository: the entry point's name and signature, a tiny network inside."""
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "hubconf.py").write_text(textwrap.dedent("""
-        dependencies = ["torch"]
-        import torch
-        from models import ViT
-
-        def dinov2_vits14(pretrained=True):
-            model = ViT(14, 384, depth=1, heads=6, mlp_ratio=1, grid=(4, 4))
-            if pretrained:
-                torch.nn.init.constant_(model.cls_token, 7.0)
-            return model
-        """))
-    return str(tmp_path / "hub")
+def small(monkeypatch):
+    """dinov2_vits14 with two blocks, and what its release gives for it."""
+    row = ENCODERS["dinov2_vits14"]
+    monkeypatch.setitem(ENCODERS, "dinov2_vits14", row._replace(vit=row.vit | {"depth": 2}))
+    return released_state("dinov2_vits14")
 
 
-def test_every_name_has_what_the_scripts_need():
-    assert {f"dinov2_vit{s}14{r}" for s in "sblg" for r in ("", "_reg")} <= set(ENCODERS)
-    assert [ENCODERS[f"dinov2_vit{s}14"]["dim"] for s in "sblg"] == [384, 768, 1024, 1536]
+def test_the_table_has_the_encoders_of_the_paper_s_tables():
+    names = {f"dinov2_vit{s}14{r}" for s in "sblg" for r in ("", "_reg")} | {f"dino_vit{s}{p}" for s in "sb" for p in (8, 16)}
+    names |= {"dino_resnet50", "mocov2_resnet50", "ibot_vitl16", "clip_vitb16", "dinov3_vith16plus"}
+    names |= {f"depth_anything_v2_vit{s}" for s in "sbl"} | {f"dinov3_vit{s}16" for s in "sbl"}
+    assert names <= set(ENCODERS)
+    assert [ENCODERS[f"dinov2_vit{s}14"].dim for s in "sblg"] == [384, 768, 1024, 1536]
+    assert ENCODERS["dino_resnet50"].dim == 2048 and ENCODERS["dinov3_vith16plus"].dim == 1280
+
+
+def test_models_py_prints_the_table():
+    printed = subprocess.run([sys.executable, "models.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert set(ENCODERS) <= set(lines)
+    clip = lines["clip_vitb16"].split()
+    assert clip == ["clip_vitb16", "openai/CLIP", "16", "768", "patch", "tokens,", "norm", "CLIP", "MIT"]
+    assert "CC-BY-NC-4.0" in lines["depth_anything_v2_vitb"] and "0.48145466" in lines["CLIP:"]
 
 
 @pytest.mark.parametrize("name, size", [("vit_mini8", (80, 160)), ("vit_small14", (28, 56))])
@@ -48,14 +55,17 @@ def test_the_map_is_laid_out_as_the_image():
     assert divmod(change.argmax().item(), 20) == (3, 15)
 
 
-def test_normalisation_happens_inside():
+@pytest.mark.parametrize("name, mean, std", [
+    ("vit_mini8", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ("clip_vitb16", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))])
+def test_normalisation_happens_inside(name, mean, std):
     class Echo(torch.nn.Module):
-        def get_intermediate_layers(self, x, **_):
-            return [x]
-    encoder = ImageEncoder(Echo(), {"name": "vit_mini8", "feature": "norm"})
-    gray = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+        def feature_map(self, x, feature):
+            return x
+    encoder = ImageEncoder(Echo(), {"name": name, "feature": "norm"})
+    gray = torch.tensor(mean).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     assert encoder(gray).abs().max() < 1e-6
-    assert encoder(gray + torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).sub(1).abs().max() < 1e-5
+    assert encoder(gray + torch.tensor(std).view(3, 1, 1)).sub(1).abs().max() < 1e-5
 
 
 def test_feature_before_and_after_the_norm():
@@ -64,14 +74,6 @@ def test_feature_before_and_after_the_norm():
     x = torch.rand(1, 3, 80, 160)
     normalised = before.backbone.norm(before(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(after(x), normalised)
-
-
-def test_positions_are_interpolated_to_other_sizes():
-    vit = ViT(8, 12, 1, 2, 2, grid=(4, 6))
-    assert torch.equal(vit.positions(4, 6), vit.pos_embed)
-    assert vit.positions(8, 12).shape == (1, 97, 12)
-    torch.nn.init.constant_(vit.pos_embed, 0.5)
-    assert (vit.positions(5, 9) - 0.5).abs().max() < 1e-5
 
 
 def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
@@ -84,25 +86,99 @@ def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_local_clone_with_and_without_weights(hub, tmp_path):
-    assert (load_image_encoder("dinov2_vits14", hub=hub).backbone.cls_token == 7).all()
-    plain = load_image_encoder("dinov2_vits14", weights="random", hub=hub)
-    assert (plain.backbone.cls_token != 7).any() and plain.spec["feature"] == "prenorm"
-    state = plain.backbone.state_dict()
-    state["cls_token"] = torch.full_like(state["cls_token"], 3.0)
-    torch.save(state, tmp_path / "weights.pth")
-    loaded = load_image_encoder("dinov2_vits14", weights=str(tmp_path / "weights.pth"), hub=hub)
-    assert (loaded.backbone.cls_token == 3).all()
-    assert loaded(torch.rand(1, 3, 28, 56)).shape == (1, 384, 2, 4)
+def test_local_clone_or_weights_file(small, tmp_path):
+    clone = write_hub(tmp_path / "clone", "dinov2_vits14", "dinov2_vits14", small)
+    torch.save({key: -value for key, value in small.items()}, tmp_path / "weights.pth")
+    from_hub = load_image_encoder("dinov2_vits14", hub=str(clone))
+    from_file = load_image_encoder("dinov2_vits14", weights=str(tmp_path / "weights.pth"))
+    assert torch.equal(from_hub.backbone.cls_token, small["cls_token"]) and from_hub.spec["feature"] == "prenorm"
+    assert torch.equal(from_file.backbone.cls_token, -small["cls_token"])
+    both = load_image_encoder("dinov2_vits14", weights=str(tmp_path / "weights.pth"), hub=str(clone))  # the file decides
+    assert torch.equal(both.backbone.cls_token, -small["cls_token"])
+    assert from_hub(torch.rand(1, 3, 28, 56)).shape == (1, 384, 2, 4)
 
 
-def test_a_hub_that_cannot_be_reached_names_the_offline_way(monkeypatch, tmp_path):
+def test_a_release_s_file_is_downloaded_once(monkeypatch, tmp_path):
+    row = ENCODERS["depth_anything_v2_vits"]
+    monkeypatch.setitem(ENCODERS, row.name, row._replace(vit=row.vit | {"depth": 2}))
+    state, asked = released_state(row.name), []
+
+    def download(url, path):
+        asked.append(url)
+        torch.save(released_file(row.name, state), path)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for _ in range(2):
+        assert torch.equal(load_image_encoder(row.name).backbone.norm.weight, state["norm.weight"])
+    assert asked == [row.entry] and row.entry.endswith("Depth-Anything-V2-Small/resolve/main/depth_anything_v2_vits.pth")
+
+
+def test_torch_hub_is_asked_for_the_release_s_entry(monkeypatch):
+    row = ENCODERS["clip_vitb16"]
+    monkeypatch.setitem(ENCODERS, row.name, row._replace(vit=row.vit | {"depth": 2}))
+    state, asked = released_state(row.name), []
+
+    def load(repository, entry, source, **_):
+        asked.append((repository, entry, source))
+        return Upstream(released_file(row.name, state)), "a transform"
+    monkeypatch.setattr(torch.hub, "load", load)
+    encoder = load_image_encoder(row.name)
+    assert asked == [("openai/CLIP", "ViT_B_16", "github")]
+    assert torch.equal(encoder.backbone.proj, state["proj"].half().float())
+
+
+def test_what_cannot_be_reached_names_the_offline_way(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise URLError("no route to host")
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with pytest.raises(InputError, match="torch.hub cannot load it.*--hub DIR.*--weights FILE"):
+    with pytest.raises(InputError, match="cannot be loaded from facebookresearch/dinov2.*--weights FILE.*clone .*--hub DIR"):
         load_image_encoder("dinov2_vitl14_reg")
+    with pytest.raises(InputError, match="cannot be loaded from facebookresearch/moco.*--weights FILE"):
+        load_image_encoder("mocov2_resnet50")
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {f"module.{k}": v for k, v in state.items()},
+    lambda state: {"student": state},
+    lambda state: {"teacher": {f"module.backbone.{k}": v for k, v in state.items()} | {"module.head.mlp.0.weight": torch.ones(1)},
+                   "student": {k: v + 1 for k, v in state.items()}},
+    lambda state: {"model": {f"teacher.backbone.{k}": v for k, v in state.items()} | {"student.backbone.norm.bias": torch.ones(1)}},
+    lambda state: {"teacher": {"backbone." + k.replace("blocks.1.", "blocks.3.1.").replace("blocks.0.", "blocks.0.0."): v
+                               for k, v in state.items()}},
+    lambda state: state | {"head.weight": torch.ones(2, 2)},
+], ids=["DataParallel", "student", "teacher before student", "names of both", "blocks in chunks", "a head"])
+def test_wrapped_weights_are_recognised(small, tmp_path, wrap):
+    torch.save(wrap(small), tmp_path / "weights.pth")
+    found = load_image_encoder("dinov2_vits14", weights=str(tmp_path / "weights.pth")).backbone.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in small.items())
+
+
+def test_after_unwrapping_the_load_is_strict(small, tmp_path):
+    path = str(tmp_path / "weights.pth")
+    torch.save({k: v for k, v in small.items() if not k.startswith("blocks.1.attn")} | {"extra": torch.ones(1)}, path)
+    with pytest.raises(InputError, match="weights of another encoder than dinov2_vits14: missing blocks.1.attn.qkv.weight; "
+                                         "missing .*; missing .*; missing .*; unexpected extra$"):
+        load_image_encoder("dinov2_vits14", weights=path)
+    torch.save(released_state("dino_vitb16"), path)
+    with pytest.raises(InputError, match="weights of another .*and .* more$"):
+        load_image_encoder("dinov2_vits14", weights=path)
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="holds a list and no state dict"):
+        load_image_encoder("dinov2_vits14", weights=path)
+
+
+def test_resnet50_map_is_the_last_stage_at_stride_32():
+    encoder = load_image_encoder("dino_resnet50", weights="random").eval()
+    images = torch.rand(1, 3, 64, 96)
+    kept = []
+    encoder.backbone.layer4.register_forward_hook(lambda module, args, output: kept.append(output))
+    encoder.backbone((images - encoder.mean) / encoder.std)  # torchvision's own forward
+    assert torch.equal(encoder(images), kept[0]) and kept[0].shape == (1, 2048, 2, 3)
+    with pytest.raises(InputError, match="--feature keys: dino_resnet50 has layer4"):
+        load_image_encoder("dino_resnet50", weights="random", feature="keys")
+    with pytest.raises(InputError, match="--image-size 80 160.*64 and 96"):
+        encoder.check_size((80, 160))
 
 
 def test_checkpoint_goes_in_and_out(tmp_path):
@@ -125,7 +201,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_image_encoder("vit_mini8", weights=str(tmp_path / "none.pth"))
     torch.save(load_image_encoder("vit_small8", weights="random").backbone.state_dict(), tmp_path / "other.pth")
-    with pytest.raises(InputError, match="keys do not fit: .*blocks.*"):
+    with pytest.raises(InputError, match="than vit_mini8: .*blocks.*"):
         load_image_encoder("vit_mini8", weights=str(tmp_path / "other.pth"))
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(InputError, match="cannot read"):
@@ -137,8 +213,10 @@ def test_mistakes_are_named(tmp_path):
 
 def test_a_pickle_with_code_is_refused(tmp_path):
     torch.save({"kind": "image_encoder", "model": print}, tmp_path / "code.pth")
-    with pytest.raises(InputError, match="weights_only"):
+    with pytest.raises(InputError, match="the file asks for print"):
         load_image_encoder(str(tmp_path / "code.pth"))
+    with pytest.raises(InputError, match="the file asks for print"):
+        load_image_encoder("vit_mini8", weights=str(tmp_path / "code.pth"))
 
 
 def test_image_sizes_that_the_patch_does_not_divide():

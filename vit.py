@@ -1,0 +1,208 @@
+"""The vision transformer: DINO, iBOT, DINOv2, Depth Anything V2, CLIP and DINOv3 are this one with different arguments.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021. Weights have the names of DINO's release, which are timm's,
+and what later releases added to them; where a release has others (CLIP), models.py says which.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+def interpolate_positions(pos_embed, grid, h, w, antialias):
+    """Learned position embeddings [1, 1 + H W, D] of a grid (H, W), cls token first, for another grid: [1, 1 + h w, D].
+
+    Bicubic, as the releases do it. Without `antialias` (DINO, iBOT, DINOv2, Depth Anything V2) the scale is that of a grid
+    of (h + 0.1, w + 0.1): it was put there against rounding, but it moves every sample, so the features depend on it. With
+    it (DINOv2 with registers) the scale is exact and shrinking averages.
+    """
+    if (h, w) == tuple(grid):
+        return pos_embed
+    plane = pos_embed[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # [1, D, H, W]
+    if antialias:
+        plane = F.interpolate(plane, size=(h, w), mode="bicubic", antialias=True)
+    else:
+        plane = F.interpolate(plane, scale_factor=((h + 0.1) / grid[0], (w + 0.1) / grid[1]), mode="bicubic")
+    return torch.cat([pos_embed[:, :1], plane.flatten(2).transpose(1, 2)], 1)
+
+
+class RotaryPositions(nn.Module):
+    """DINOv3's positions (Siméoni et al., 2025, Sec. 3.2): a rotation of queries and keys by the patch's place.
+
+    A quarter of a head's channels per axis and per phase; places are relative to the image, from -1 to 1 on either axis.
+    """
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.register_buffer("periods", 100 ** (4 * torch.arange(head_dim // 4) / head_dim))
+
+    def forward(self, h, w):
+        """sin and cos [h w, head_dim]."""
+        rows = (torch.arange(h, device=self.periods.device) + 0.5) / h * 2 - 1
+        cols = (torch.arange(w, device=self.periods.device) + 0.5) / w * 2 - 1
+        places = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)  # [h w, 2]
+        angles = (2 * math.pi * places.unsqueeze(-1) / self.periods.float()).flatten(1).repeat(1, 2)
+        return angles.sin(), angles.cos()
+
+
+def rotate(x, rotation):
+    """Rotate the last tokens of [B, heads, T, head_dim], the patches; cls and register tokens have no place."""
+    sin, cos = rotation
+    others, patches = x[:, :, :-len(sin)], x[:, :, -len(sin):]
+    first, second = patches.chunk(2, -1)
+    return torch.cat([others, (patches * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)], 2)
+
+
+# ---- a block --------------------------------------------------------------------------------------------------------
+
+class MaskedKeyBias(nn.Linear):
+    """DINOv3's layer for queries, keys and values: the released mask takes the keys' bias out."""
+
+    def __init__(self, dim):
+        super().__init__(dim, 3 * dim)
+        self.register_buffer("bias_mask", torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * self.bias_mask)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, rotary):
+        super().__init__()
+        self.heads = heads
+        self.qkv = MaskedKeyBias(dim) if rotary else nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, rotation):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D/heads]
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, quick_gelu):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.quick_gelu = quick_gelu
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer, "GLU Variants Improve Transformer", 2020. Gate and value are one layer in DINOv2, two in DINOv3."""
+
+    def __init__(self, dim, hidden, fused):
+        super().__init__()
+        if fused:
+            self.w12 = nn.Linear(dim, 2 * hidden)
+        else:
+            self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(hidden, dim)
+        self.fused = fused
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, -1) if self.fused else (self.w1(x), self.w2(x))
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (Touvron et al., ICCV 2021)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block. mlp: "gelu", "quick_gelu" (CLIP), "swiglu12" (DINOv2) or "swiglu" (DINOv3)."""
+
+    def __init__(self, dim, heads, hidden, mlp="gelu", layer_scale=False, eps=1e-6, rotary=False):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, rotary)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = SwiGLU(dim, hidden, mlp == "swiglu12") if mlp.startswith("swiglu") else Mlp(dim, hidden, mlp == "quick_gelu")
+        self.ls1, self.ls2 = (LayerScale(dim) if layer_scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x, rotation=None):
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+# ---- the transformer ------------------------------------------------------------------------------------------------
+
+class ViT(nn.Module):
+    """Vision transformer.
+
+    patch_size in pixels; dim, depth, heads: width, blocks, heads of a block. hidden: width inside a block's MLP (default
+    4 dim); mlp: its kind, see Block. grid: (H, W) patches that the position embeddings stand for; None: rotary positions
+    (DINOv3). antialias: see `interpolate_positions`. registers: (name, number) of tokens beside the cls token (Darcet et
+    al., ICLR 2024). layer_scale: a factor on each residual branch. clip: a LayerNorm before the blocks, no bias in the
+    patch embedding, and `proj`. mask_token: with one. Neither it nor CLIP's `proj` has a part in a feature map; they are
+    kept as buffers, so that released weights go in and out whole.
+    """
+
+    def __init__(self, patch_size, dim, depth, heads, hidden=None, mlp="gelu", grid=(14, 14), antialias=False, registers=None,
+                 layer_scale=False, mask_token=False, clip=False):
+        super().__init__()
+        rotary, eps = grid is None, 1e-5 if grid is None or clip else 1e-6
+        self.patch_size, self.grid, self.antialias, self.registers = patch_size, grid, antialias, registers
+        if rotary:
+            self.rope_embed = RotaryPositions(dim // heads)
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if registers:
+            self.register_parameter(registers[0], nn.Parameter(torch.zeros(1, registers[1], dim)))
+        if mask_token:
+            self.register_buffer("mask_token", torch.zeros(1, dim))
+        if clip:
+            self.register_buffer("proj", torch.zeros(dim, 512))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, stride=patch_size, bias=not clip)})
+        self.norm_pre = nn.LayerNorm(dim, eps=eps) if clip else nn.Identity()
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden or 4 * dim, mlp, layer_scale, eps, rotary) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim in (2, 3):  # linear layers and tokens
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.startswith("blocks") and name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def embed(self, images):
+        """Normalised images [B, 3, H, W] to tokens [B, T, D]: cls, registers, then h w patches row by row."""
+        x = self.patch_embed["proj"](images)  # [B, D, h, w]
+        h, w = x.shape[2:]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        if self.grid is not None:
+            x = x + interpolate_positions(self.pos_embed, self.grid, h, w, self.antialias)
+        if self.registers:
+            x = torch.cat([x[:, :1], getattr(self, self.registers[0]).expand(len(x), -1, -1), x[:, 1:]], 1)
+        return self.norm_pre(x)
+
+    def feature_map(self, images, feature):
+        """Normalised images [B, 3, H, W] to the patches' features [B, D, h, w] in the last block.
+
+        feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its attention's keys, before any
+        rotation (what ScaLR takes from DINO).
+        """
+        h, w = (side // self.patch_size for side in images.shape[2:])
+        rotation = self.rope_embed(h, w) if self.grid is None else None
+        x, last = self.embed(images), self.blocks[-1]
+        for block in self.blocks[:-1]:
+            x = block(x, rotation)
+        if feature == "keys":
+            x = last.attn.qkv(last.norm1(x)).chunk(3, -1)[1]
+        else:
+            x = last(x, rotation)
+            x = self.norm(x) if feature == "norm" else x
+        return x[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))
