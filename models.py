@@ -148,7 +148,7 @@ class ImageEncoder(nn.Module):
 
 
 def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
-    """An `ImageEncoder` by name, or from a checkpoint that stage 2 (or the miniature's pre-training) wrote.
+    """An `ImageEncoder` in eval(), by name, or from a checkpoint that stage 2 (or the miniature's pre-training) wrote.
 
     Args:
         name_or_path: a name of ENCODERS, or a checkpoint or the folder that holds its last.pth.
@@ -166,20 +166,20 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
         backbone = _architecture(row)
         load_strictly(backbone, checkpoint["model"], name_or_path)
         return ImageEncoder(backbone, {"name": row.name, "feature": _feature(row, feature or spec["feature"]),
-                                       "image_size": spec["image_size"]})
+                                       "image_size": spec["image_size"]}).eval()
     row = _row(name_or_path)
     spec = {"name": row.name, "feature": _feature(row, feature or row.feature)}
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return ImageEncoder(_architecture(row, "cpu"), spec)
+            return ImageEncoder(_architecture(row, "cpu"), spec).eval()
     state = encoder_weights(read(weights) if weights else _released(row, hub), weights or row.source)
     backbone = _architecture(row)
     own = {name: (*row.released_name(name, value.shape), value.shape) for name, value in backbone.state_dict().items()}
     check_fit(state, {theirs: shape for theirs, shape, _ in own.values()}, f"{weights or row.source}: weights of another encoder "
               f"than {row.name}")
     backbone.load_state_dict({name: state[theirs].reshape(shape) for name, (theirs, _, shape) in own.items()})
-    return ImageEncoder(backbone, spec)
+    return ImageEncoder(backbone, spec).eval()
 
 
 def add_arguments(parser, **encoder):
