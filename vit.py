@@ -182,11 +182,11 @@ class ViT(nn.Module):
         """Normalised images [B, 3, H, W] to tokens [B, T, D]: cls, registers, then h w patches row by row."""
         x = self.patch_embed["proj"](images)  # [B, D, h, w]
         h, w = x.shape[2:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
         if self.grid is not None:
             x = x + interpolate_positions(self.pos_embed, self.grid, h, w, self.antialias)
         if self.registers:
-            x = torch.cat([x[:, :1], getattr(self, self.registers[0]).expand(len(x), -1, -1), x[:, 1:]], 1)
+            x = torch.cat([x[:, :1], getattr(self, self.registers[0]).expand(x.shape[0], -1, -1), x[:, 1:]], 1)
         return self.norm_pre(x)
 
     def feature_map(self, images, feature):

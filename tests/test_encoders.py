@@ -12,7 +12,7 @@ from releases import Upstream, released_file, released_shapes, released_state, w
 from waffleiron import WaffleIron, to_released
 
 RELEASED = [name for name, row in ENCODERS.items() if row.source != "built-in"]
-QUICK = [name for name in RELEASED if "_vits" in name or "resnet50" in name or "clip" in name]
+QUICK = [name for name in RELEASED if "_vits" in name or "clip" in name]
 ROWS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RELEASED]
 
 
