@@ -140,11 +140,9 @@ def write_onnx(encoder, path, size, batch=None):
         vit.pos_embed = nn.Parameter(interpolate_positions(vit.pos_embed, vit.grid, *grid, vit.antialias), requires_grad=False)
         vit.grid = grid
     images = torch.rand(batch or 2, 3, *size)
-    # A bound, because PyTorch 2.6 fails without; strict, because otherwise len(x) makes the batch a constant
-    shapes = None if batch else ({0: torch.export.Dim("batch", max=2**16)},)
-    program = torch.export.export(encoder, (images,), dynamic_shapes=shapes, strict=True)
+    shapes = None if batch else ({0: torch.export.Dim("batch", max=2**16)},)  # PyTorch 2.6 fails without a bound
     bytes_ = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
-    torch.onnx.export(program, (images,), path, dynamo=True, input_names=["images"], output_names=["features"],
+    torch.onnx.export(encoder, (images,), path, dynamo=True, input_names=["images"], output_names=["features"],
                       dynamic_shapes=shapes, external_data=bytes_ >= PROTOBUF_LIMIT, verbose=False)
 
 
