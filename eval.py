@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 import training
 from checkpoints import load_checkpoint
-from data import CLASSES, CLOUD, CONDITIONS, DEPTHS, Frames, collate, load_index
+from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors
+from index import CLASSES, CONDITIONS, load_index
 from models import linear_head, load_image_encoder
 from waffleiron import BatchNorm, load_waffleiron
 
@@ -77,17 +78,20 @@ def load_probe(path, device):
 
 
 @torch.no_grad()
-def evaluate(path, device, data=None, workers=2, batch_size=16):
+def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=Frames):
     """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}.
 
     IoU in percent, RMSE in metres, on the validation split. The frames are dealt out over the processes and the counts summed.
+    dataset: Frames, or a subclass that changes what a sensor gives. A 3D probe of whole scans is judged on every point,
+    each with the prediction of the nearest one that WaffleIron got.
     """
     probe, encoder, head, cloud = load_probe(path, device)
     task, args, image_size = probe["task"], probe["args"], probe["image_size"]
     with training.first_process_first():
         index = load_index(data or probe["data"], args["version"])
-    frames = Frames(index, index.select("val"), args["cameras"], image_size and tuple(image_size), cloud,
-                    labels=task != "depth", max_depth=DEPTHS[1] if task == "depth" else None)
+    frames = dataset(index, index.select("val"), args["cameras"], image_size and tuple(image_size), cloud,
+                     labels=task != "depth", max_depth=DEPTHS[1] if task == "depth" else None,
+                     every_point=args["cameras"] == "scan")
     mine = range(training.rank(), len(frames), training.world())
     order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
 
@@ -105,8 +109,11 @@ def evaluate(path, device, data=None, workers=2, batch_size=16):
             sums[places, :2] = depth_sums(outputs[:, 0].float(), batch["depths"], batch["batch"], len(numbers))
             sums[places, 2] = batch["condition"].double()
         else:
+            of_frame = batch["batch"]
+            if "nearest" in batch:
+                outputs, of_frame = outputs[batch["nearest"]], of_frame[batch["nearest"]]
             for number in range(len(CONDITIONS)):
-                chosen = (batch["labels"] > 0) & (batch["condition"] == number)[batch["batch"]]
+                chosen = (batch["labels"] > 0) & (batch["condition"] == number)[of_frame]
                 confusion[number] += confusion_matrix(outputs[chosen].argmax(1), batch["labels"][chosen] - 1, classes)
 
     training.sum_over_processes(sums if task == "depth" else confusion)

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import models
 import training
-from data import CLASSES, CLOUD, DEPTHS, Frames, collate, load_index
+from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors
+from index import CLASSES, load_index
 from waffleiron import BatchNorm, load_waffleiron
 
 

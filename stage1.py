@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 import models
 import training
-from data import CLOUD, CONDITIONS, Frames, collate, load_index, plane_sizes
+from data import CLOUD, Frames, collate, plane_sizes
 from distill import distillation_loss, sample_features
 from errors import one_line_errors
+from index import CONDITIONS, load_index
 from waffleiron import WaffleIron
 
 

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import models
 import training
-from data import CLOUD, CONDITIONS, Frames, collate, load_index
+from data import CLOUD, Frames, collate
 from distill import distillation_loss, sample_features
 from errors import InputError, one_line_errors
+from index import CONDITIONS, load_index
 from waffleiron import load_waffleiron
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
@@ -49,7 +50,8 @@ def parse(argv=None):
 
 
 @one_line_errors
-def main(argv=None):
+def main(argv=None, dataset=Frames):
+    """`dataset`: Frames, or a subclass that changes what a sensor gives (experiments/corruptions.py)."""
     args = parse(argv)
     device = training.start(args)
 
@@ -78,8 +80,8 @@ def main(argv=None):
         index = load_index(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
-    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size,
-                    stage1.get("cloud", CLOUD), training=True, seed=args.seed)
+    frames = dataset(index, index.select("train", args.conditions, args.limit), args.cameras, image_size,
+                     stage1.get("cloud", CLOUD), training=True, seed=args.seed)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)

@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import CLASSES, CONDITIONS, Frames, load_index
+from data import Frames
+from index import CLASSES, CONDITIONS, load_index
 from errors import one_line_errors
 from eval import load_probe
 

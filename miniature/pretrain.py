@@ -19,8 +19,9 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
-from data import load_index, read_image
+from data import read_image
 from errors import InputError, one_line_errors
+from index import load_index
 from models import ENCODERS, ImageEncoder
 from vit import Block, ViT
 

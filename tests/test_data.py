@@ -9,21 +9,22 @@ from PIL import Image
 import data
 from conftest import SHARED
 from errors import InputError
+from index import CAMERAS, load_index
 
 
 def frames_of(root, **options):
-    index = data.load_index(root, here=True)  # in a process of its own it is the same, but the devkit is imported again
+    index = load_index(root, here=True)  # in a process of its own it is the same, but the devkit is imported again
     defaults = dict(image_size=(80, 160), cloud=data.CLOUD, labels=True)
     return data.Frames(index, index.select("train"), **(defaults | options))
 
 
-# ---- index ----
+# ---- frames of a dataset ----
 
 def test_real_projection_equals_the_devkit(real):
     from nuscenes.nuscenes import NuScenes
     nusc = NuScenes("v1.0-mini", str(real), verbose=False)
-    index = data.load_index(real, "v1.0-mini")
-    assert index.cameras == list(data.CAMERAS)
+    index = load_index(real, "v1.0-mini")
+    assert index.cameras == list(CAMERAS)
     scan = data.read_scan(os.path.join(index.root, index.lidar[0].decode()))
     for number, camera in enumerate(index.cameras):
         devkit, devkit_depth, _ = nusc.explorer.map_pointcloud_to_image(nusc.sample[0]["data"]["LIDAR_TOP"],
@@ -36,66 +37,6 @@ def test_real_projection_equals_the_devkit(real):
         np.testing.assert_allclose(pixels[inner][:, ::-1], devkit[:2].T, atol=0.05)
         np.testing.assert_allclose(depths[inner], devkit_depth, atol=1e-3)
         assert (np.diff(visible) > 0).all()
-
-
-def test_index_of_the_world(world):
-    index = data.load_index(world)
-    assert {c: len(index.select("train", [c])) for c in data.CONDITIONS} == {"day-clear": 4, "day-rain": 2, "night": 2}
-    assert {c: len(index.select("val", [c])) for c in data.CONDITIONS} == {"day-clear": 2, "day-rain": 2, "night": 2}
-    assert "day-rain" in index.summary() and "lidarseg: yes" in index.summary()
-    assert len(index.select("train", limit=3)) == 3
-    with pytest.raises(InputError, match="no frame of split 'test'"):
-        index.select("test")
-
-
-def test_condition_of_description():
-    names = [data.CONDITIONS[data.condition_of(text)] for text in
-             ("Night, after rain, many cars", "Rain, parked truck", "Heavy RAINfall", "Turn left", "Difficult lighting")]
-    assert names == ["night", "day-rain", "day-rain", "day-clear", "day-clear"]
-
-
-def test_second_start_reads_the_cache_alone(world, monkeypatch):
-    first = data.load_index(world)
-    monkeypatch.setattr(data.subprocess, "run", None)  # what would build it
-    second = data.load_index(world)
-    np.testing.assert_array_equal(first.cam_from_lidar, second.cam_from_lidar)
-    assert first.image.tolist() == second.image.tolist()
-
-
-def test_the_index_is_built_by_another_process_with_the_same_errors(tmp_path, world):
-    root = tmp_path / "copy"
-    shutil.copytree(world, root)
-    scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
-    content = scan.read_bytes()
-    scan.write_bytes(content[:-7])
-    with pytest.raises(InputError, match=f"--data {root}: .*not 20 a point"):
-        data.load_index(root)
-    scan.write_bytes(content)
-    assert (data.load_index(root).condition == data.load_index(world).condition).all()
-
-
-def test_wrong_roots_are_named(tmp_path, world):
-    with pytest.raises(InputError, match="not a nuScenes root"):
-        data.load_index(tmp_path)
-    with pytest.raises(InputError, match="no --version v1.0-mini; there is v1.0-trainval"):
-        data.load_index(world, "v1.0-mini")
-
-
-@pytest.mark.parametrize("damage, message", [("missing", "1 of .* missing or empty"), ("cut", "not 20 a point"),
-                                             ("labels", "one label each")])
-def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
-    root = tmp_path / "copy"
-    shutil.copytree(world, root)
-    scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
-    if damage == "missing":
-        sorted((root / "samples" / "CAM_FRONT").iterdir())[0].unlink()
-    elif damage == "cut":
-        scan.write_bytes(scan.read_bytes()[:-7])
-    else:
-        labels = sorted((root / "lidarseg" / "v1.0-trainval").iterdir())[0]
-        labels.write_bytes(labels.read_bytes()[:-1])
-    with pytest.raises(InputError, match=message):
-        data.load_index(root, here=True)
 
 
 def test_damage_after_the_index_was_built_is_named(tmp_path, world):
@@ -207,7 +148,7 @@ def test_rotation_and_flips_keep_geometry():
 
 def test_a_rotated_scan_with_a_rotated_camera_gives_the_same_pixels(world):
     """Frames of reference: turning the LiDAR's frame and telling the calibration so changes nothing."""
-    index = data.load_index(world)
+    index = load_index(world)
     scan = data.read_scan(os.path.join(index.root, index.lidar[0].decode()))[:, :3].astype(float)
     angle = 0.7
     turn = np.eye(4)
@@ -271,7 +212,7 @@ def test_depth_items_have_one_point_a_pixel(world):
 
 
 def test_all_cameras_of_the_real_frame(real):
-    index = data.load_index(real, "v1.0-mini")
+    index = load_index(real, "v1.0-mini")
     frames = data.Frames(index, index.select("train"), "all", (224, 448), data.CLOUD)
     assert len(frames) == 6
     assert len({len(frames[0, n]["pixels"]) for n in range(6)}) == 6

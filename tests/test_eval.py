@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import CLASSES
+from index import CLASSES
 
 
 def test_confusion_and_iou_by_hand():

@@ -226,7 +226,7 @@ def test_damaged_files_found_by_a_loading_process_are_one_line(world, tmp_path, 
     root = tmp_path / "copy"
     shutil.copytree(world, root)
     command = [sys.executable, "stage1.py", *stage1_args(root, tmp_path / "out", "--steps", "2", "--batch", "4", "--workers", "1")]
-    from data import load_index
+    from index import load_index
     load_index(root)
     for path in (root / "samples" / ("LIDAR_TOP" if damage == "scan" else "CAM_FRONT")).iterdir():
         path.write_bytes(path.read_bytes()[:1003])

@@ -1,0 +1,183 @@
+"""Which frames there are: nuScenes' tables read once, through nuscenes-devkit, into a small cache of arrays.
+
+    python index.py --data /data/nuscenes       # build the index, check every file, print the counts
+"""
+import argparse
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError, one_line_errors
+
+FORMAT = 2  # of the cache: count up when what is stored changes
+CONDITIONS = ("day-clear", "day-rain", "night")
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
+CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
+           "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain", "manmade", "vegetation")
+
+
+@dataclasses.dataclass
+class Index:
+    """F frames (keyframes) of C cameras of one nuScenes version. Strings are bytes arrays; paths are relative to root."""
+    root: str
+    cameras: list            # C channel names
+    scene: np.ndarray        # [F]
+    split: np.ndarray        # [F] b"train", b"val", b"test"
+    condition: np.ndarray    # [F] index into CONDITIONS
+    lidar: np.ndarray        # [F] path
+    lidarseg: np.ndarray     # [F] path, b"" where there are no labels
+    image: np.ndarray        # [F, C] path
+    image_size: np.ndarray   # [F, C, 2] height, width
+    cam_from_lidar: np.ndarray   # [F, C, 4, 4] float64: lidar -> ego -> global -> ego at the image's time -> camera
+    intrinsics: np.ndarray   # [F, C, 3, 3]
+    coarse: np.ndarray       # [256] lidarseg's fine label -> index into CLASSES
+
+    def select(self, split, conditions=CONDITIONS, limit=None):
+        """Frame numbers of a split under these conditions, at most `limit`, spread evenly over the scenes' order."""
+        wanted = np.isin(self.condition, [CONDITIONS.index(c) for c in conditions])
+        rows = np.flatnonzero((self.split == split.encode()) & wanted)
+        if limit is not None and limit < len(rows):
+            rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+        if len(rows) == 0:
+            raise InputError(f"--data {self.root}: no frame of split '{split}' under {', '.join(conditions)}; "
+                             f"`python index.py --data {self.root}` prints what is there")
+        return rows
+
+    def summary(self):
+        """The counts per split and condition as a printable table."""
+        lidarseg = "yes" if (self.lidarseg != b"").all() else "no" if (self.lidarseg == b"").all() else "in part"
+        lines = [f"{self.root}: {len(self.scene)} frames, {len(self.cameras)} cameras, lidarseg: {lidarseg}",
+                 f"  {'split':6} {'condition':10} scenes  frames  images"]
+        for split in np.unique(self.split):
+            for number, name in enumerate(CONDITIONS):
+                rows = (self.split == split) & (self.condition == number)
+                if rows.any():
+                    lines.append(f"  {split.decode():6} {name:10} {len(np.unique(self.scene[rows])):6}  "
+                                 f"{rows.sum():6}  {rows.sum() * len(self.cameras):6}")
+        return "\n".join(lines)
+
+
+def condition_of(description):
+    """Condition of a nuScenes scene from its description, as md4all reads it: night, else rain, else clear."""
+    text = description.lower()
+    return CONDITIONS.index("night" if "night" in text else "day-rain" if "rain" in text else "day-clear")
+
+
+def load_index(root, version="v1.0-trainval", here=False):
+    """The `Index` of a nuScenes root, from the cache if the tables have not changed since it was written.
+
+    It is built by this file run as a script unless `here`, so that a training process never holds the devkit's tables.
+    Raises InputError for a wrong root or version and for files that the tables name but that are not there.
+    """
+    root = Path(root).resolve()
+    tables = root / version
+    if not (tables / "sample_data.json").is_file():
+        there = sorted(p.name for p in root.glob("v1.0-*") if p.is_dir())
+        raise InputError(f"--data {root}: " + (
+            f"no --version {version}; there is {', '.join(there)}" if there else
+            "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
+    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(tables.glob("*.json"))]
+    key = hashlib.sha256(repr((FORMAT, str(root), version, state)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "collaborative-distillation", f"{key}.npz")
+    if not cache.is_file() and here:
+        fields = _read_tables(str(root), version)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}.npz")
+        np.savez_compressed(partial, **fields)
+        partial.replace(cache)
+    elif not cache.is_file():
+        done = subprocess.run([sys.executable, __file__, "--data", str(root), "--version", version], capture_output=True,
+                              text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["killed, perhaps for memory"])[-1]
+            raise InputError(reason.partition("error: ")[2] or f"--data {root}: reading the tables failed: {reason}")
+    with np.load(cache, allow_pickle=False) as stored:
+        fields = {name: stored[name] for name in stored.files}
+    return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
+
+
+def _read_tables(root, version):
+    """The fields of `Index` from the dataset's own tables, through nuscenes-devkit."""
+    from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
+    from nuscenes.nuscenes import NuScenes
+    from nuscenes.utils.geometry_utils import transform_matrix
+    from nuscenes.utils.splits import create_splits_scenes
+    from pyquaternion import Quaternion
+
+    def pose(record, inverse=False):
+        return transform_matrix(record["translation"], Quaternion(record["rotation"]), inverse)
+
+    try:
+        nusc = NuScenes(version, root, verbose=False)
+    except (AssertionError, KeyError, ValueError, OSError) as error:
+        raise InputError(f"--data {root}: nuscenes-devkit cannot open {version}: {error}; extract it again") from None
+    prefix = "mini_" if version == "v1.0-mini" else ""
+    splits = create_splits_scenes()
+    split_of = {scene: name for name in ("train", "val", "test") for scene in splits.get(prefix + name, ())}
+    labels = {record["sample_data_token"]: record["filename"] for record in getattr(nusc, "lidarseg", [])}
+    channels = {s["channel"] for s in nusc.sensor if s["modality"] == "camera"}
+    cameras = [c for c in CAMERAS if c in channels]
+
+    frames = {name: [] for name in
+              "scene split condition lidar lidarseg image image_size cam_from_lidar intrinsics".split()}
+    for scene in sorted(nusc.scene, key=lambda s: s["name"]):
+        token = scene["first_sample_token"]
+        while token:
+            sample = nusc.get("sample", token)
+            token = sample["next"]
+            lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
+            lidar_to_global = (pose(nusc.get("ego_pose", lidar["ego_pose_token"]))
+                               @ pose(nusc.get("calibrated_sensor", lidar["calibrated_sensor_token"])))
+            views = [nusc.get("sample_data", sample["data"][camera]) for camera in cameras]
+            mounts = [nusc.get("calibrated_sensor", view["calibrated_sensor_token"]) for view in views]
+            frames["scene"].append(scene["name"])
+            frames["split"].append(split_of.get(scene["name"], "other"))
+            frames["condition"].append(condition_of(scene["description"]))
+            frames["lidar"].append(lidar["filename"])
+            frames["lidarseg"].append(labels.get(lidar["token"], ""))
+            frames["image"].append([view["filename"] for view in views])
+            frames["image_size"].append([(view["height"], view["width"]) for view in views])
+            frames["intrinsics"].append([mount["camera_intrinsic"] for mount in mounts])
+            frames["cam_from_lidar"].append([
+                pose(mount, inverse=True) @ pose(nusc.get("ego_pose", view["ego_pose_token"]), inverse=True)
+                @ lidar_to_global for view, mount in zip(views, mounts)])
+    coarse = np.zeros(256, np.uint8)
+    if labels:
+        for fine, index in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
+            coarse[fine] = index
+    _check_files(root, frames)
+    strings = {"scene", "split", "lidar", "lidarseg", "image"}
+    fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
+    return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
+
+
+def _check_files(root, frames):
+    """Raise InputError for the first file that the tables name and that is missing or cut short."""
+    def size(path):
+        return os.path.getsize(file) if os.path.isfile(file := os.path.join(root, path)) else 0
+    paths = frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views]
+    if bad := [path for path in paths if size(path) == 0]:
+        raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing or empty, "
+                         f"the first is {bad[0]}; extract all archives of this version into this folder")
+    for scan, labels in zip(frames["lidar"], frames["lidarseg"]):
+        if size(scan) % 20 or (labels and size(labels) * 20 != size(scan)):
+            raise InputError(f"--data {root}: {scan} has {size(scan)} bytes, not 20 a point"
+                             + (f" with one label each in {labels}" if labels else "") + "; extract it again")
+
+
+@one_line_errors
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
+    parser.add_argument("--version", default="v1.0-trainval", help="version folder (default: %(default)s)")
+    args = parser.parse_args()
+    print(load_index(args.data, args.version, here=True).summary())
+
+
+if __name__ == "__main__":
+    main()

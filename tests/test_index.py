@@ -1,0 +1,67 @@
+import shutil
+
+import numpy as np
+import pytest
+
+import index
+from errors import InputError
+
+
+def test_index_of_the_world(world):
+    found = index.load_index(world)
+    assert {c: len(found.select("train", [c])) for c in index.CONDITIONS} == {"day-clear": 4, "day-rain": 2, "night": 2}
+    assert {c: len(found.select("val", [c])) for c in index.CONDITIONS} == {"day-clear": 2, "day-rain": 2, "night": 2}
+    assert "day-rain" in found.summary() and "lidarseg: yes" in found.summary()
+    assert len(found.select("train", limit=3)) == 3
+    with pytest.raises(InputError, match="no frame of split 'test'"):
+        found.select("test")
+
+
+def test_condition_of_description():
+    names = [index.CONDITIONS[index.condition_of(text)] for text in
+             ("Night, after rain, many cars", "Rain, parked truck", "Heavy RAINfall", "Turn left", "Difficult lighting")]
+    assert names == ["night", "day-rain", "day-rain", "day-clear", "day-clear"]
+
+
+def test_second_start_reads_the_cache_alone(world, monkeypatch):
+    first = index.load_index(world)
+    monkeypatch.setattr(index.subprocess, "run", None)  # what would build it
+    second = index.load_index(world)
+    np.testing.assert_array_equal(first.cam_from_lidar, second.cam_from_lidar)
+    assert first.image.tolist() == second.image.tolist()
+
+
+def test_the_index_is_built_by_another_process_with_the_same_errors(tmp_path, world):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
+    content = scan.read_bytes()
+    scan.write_bytes(content[:-7])
+    with pytest.raises(InputError, match=f"--data {root}: .*not 20 a point"):
+        index.load_index(root)
+    scan.write_bytes(content)
+    assert (index.load_index(root).condition == index.load_index(world).condition).all()
+
+
+def test_wrong_roots_are_named(tmp_path, world):
+    with pytest.raises(InputError, match="not a nuScenes root"):
+        index.load_index(tmp_path)
+    with pytest.raises(InputError, match="no --version v1.0-mini; there is v1.0-trainval"):
+        index.load_index(world, "v1.0-mini")
+
+
+@pytest.mark.parametrize("damage, message", [("missing", "1 of .* missing or empty"), ("cut", "not 20 a point"),
+                                             ("labels", "one label each")])
+def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
+    root = tmp_path / "copy"
+    shutil.copytree(world, root)
+    scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
+    if damage == "missing":
+        sorted((root / "samples" / "CAM_FRONT").iterdir())[0].unlink()
+    elif damage == "cut":
+        scan.write_bytes(scan.read_bytes()[:-7])
+    else:
+        labels = sorted((root / "lidarseg" / "v1.0-trainval").iterdir())[0]
+        labels.write_bytes(labels.read_bytes()[:-1])
+    with pytest.raises(InputError, match=message):
+        index.load_index(root, here=True)
