@@ -278,6 +278,7 @@ def test_mistakes_are_one_line_and_exit_code_2(stage2, tmp_path, capsys, monkeyp
     monkeypatch.setitem(export.NEEDED, "onnx", ())
     assert "8 pixels, which do not divide 17" in fails(folder, "--out", "x.onnx", *graph, "--image-size", "17", "16")
     assert "cannot write to" in fails(folder, "--out", tmp_path / "probe.pth" / "encoder.pth")
+    monkeypatch.setitem(export.NEEDED, "transformers", ())
     (tmp_path / "s2").rename(tmp_path / "mini")
     _, resnet = stage2("dino_resnet50", (64, 96))
     assert "there is no map for dino_resnet50" in fails(resnet, "--out", tmp_path / "hf", *hf)

@@ -213,9 +213,9 @@ def test_mistakes_are_named(tmp_path):
 
 def test_a_pickle_with_code_is_refused(tmp_path):
     torch.save({"kind": "image_encoder", "model": print}, tmp_path / "code.pth")
-    with pytest.raises(InputError, match="the file asks for print"):
+    with pytest.raises(InputError, match=r"the file asks for \S*print"):
         load_image_encoder(str(tmp_path / "code.pth"))
-    with pytest.raises(InputError, match="the file asks for print"):
+    with pytest.raises(InputError, match=r"the file asks for \S*print"):
         load_image_encoder("vit_mini8", weights=str(tmp_path / "code.pth"))
 
 
