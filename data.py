@@ -229,7 +229,8 @@ class Frames(torch.utils.data.Dataset):
 
 def collate(items):
     """A ragged batch: points of all items one after the other, `batch` [N] the item of each, point numbers as batch rows."""
-    counts = torch.tensor([len(item["feats" if "feats" in item else "pixels"]) for item in items])
+    per_point = next(name for name in ("feats", "features", "pixels") if name in items[0])  # features: of a cached encoder
+    counts = torch.tensor([len(item[per_point]) for item in items])
     offsets = counts.cumsum(0) - counts
     out = {name: [item[name] for item in items] for name in items[0]}
     for name, values in out.items():

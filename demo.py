@@ -21,7 +21,7 @@ from pathlib import Path
 STAGE1 = "--channels 64 --depth 4 --fov 48 48 8 --cell 1 --voxel 0.4 --neighbors 6 --epochs 4"
 STAGE2 = "--batch 16 --lr 4e-3 --epochs 4"
 PROBE = "--head whitened --cache --limit 400 --batch 8 --warmup 0 --end-lr 0"
-PROBES = {"seg": f"{PROBE} --lr 1e-2 --epochs 8", "seg3d": f"{PROBE} --lr 1e-2 --epochs 8",
+PROBES = {"seg": f"{PROBE} --lr 1e-2 --epochs 8", "seg3d": f"{PROBE} --cameras all --lr 1e-2 --epochs 8",
           "depth": f"{PROBE} --lr 1e-1 --epochs 10"}
 COLUMNS = ("full", "day-clear", "day-rain", "night")
 

@@ -66,10 +66,13 @@ def rmse(sums):
 def load_probe(path, device):
     """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None)."""
     probe = load_checkpoint(path, "probe")
-    if probe["step"] < probe["total"]:
+    if probe["step"] < probe["total"] and not str(path).endswith("best.pth"):
         raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat its command to finish it")
     if probe["task"] == "seg3d":
         encoder, stage1 = load_waffleiron(probe["encoder"]["name_or_path"])
+    elif probe.get("backbone"):  # fine-tuned: the encoder's weights are in the probe's checkpoint
+        encoder, stage1 = load_image_encoder(probe["spec"]["name"], "random", feature=probe["spec"]["feature"]), None
+        encoder.backbone.load_state_dict(probe["backbone"])
     else:
         encoder, stage1 = load_image_encoder(**probe["encoder"]), None
     head = linear_head(probe["head"], probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1, BatchNorm)
@@ -157,10 +160,10 @@ def table(results):
     return "\n".join(lines[1:])
 
 
-def is_current(result, stored, path, data):
-    """Whether a stored result is of this data, and not older than the probe and its encoder."""
-    source = Path(load_checkpoint(path, "probe")["encoder"]["name_or_path"])
-    made_from = [path / "last.pth"] + [file for file in (source, source / "last.pth") if file.is_file()]
+def is_current(result, stored, file, data):
+    """Whether a stored result is of this data, and not older than the probe's file and its encoder."""
+    source = Path(load_checkpoint(file, "probe")["encoder"]["name_or_path"])
+    made_from = [file] + [file for file in (source, source / "last.pth") if file.is_file()]
     same_data = data is None or result["data"] == str(Path(data).resolve())
     return same_data and all(file.stat().st_mtime <= stored.stat().st_mtime for file in made_from)
 
@@ -168,7 +171,7 @@ def is_current(result, stored, path, data):
 @one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("probes", nargs="+", help="folders that probe.py wrote")
+    parser.add_argument("probes", nargs="+", help="folders that probe.py wrote, or the best.pth in them")
     parser.add_argument("--data", help="nuScenes root (default: the probe's)")
     parser.add_argument("--out", default="runs/table", help="the table goes to OUT.md and OUT.json (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="evaluate even where results.json is there")
@@ -179,11 +182,12 @@ def main(argv=None):
     device = training.start(args)
     results = []
     for path in map(Path, args.probes):
-        if not (path / "last.pth").is_file():
+        file = path if path.is_file() else path / "last.pth"
+        if not file.is_file():
             raise InputError(f"{path}: no last.pth there; it must be a folder that probe.py wrote")
-        stored = path / "results.json"
+        stored = file.with_name("results.json" if file.name == "last.pth" else f"results-{file.stem}.json")
         result = json.loads(stored.read_text()) if stored.is_file() and not args.again else None
-        if result is None or not is_current(result, stored, path, args.data):
+        if result is None or not is_current(result, stored, file, args.data):
             result = evaluate(path, device, args.data, args.workers)
             if training.rank() == 0:
                 stored.write_text(json.dumps(result, indent=1))

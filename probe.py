@@ -1,17 +1,20 @@
-"""Linear probes of a frozen encoder: segmentation and depth at the pixels of projected points, segmentation in 3D.
+"""Linear probes and fine-tuning of an encoder: segmentation and depth at the pixels of projected points, segmentation in 3D.
 
 Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplement B.3. The bare command is the paper's run:
 
     torchrun --nproc_per_node 4 probe.py --data /data/nuscenes --encoder runs/s2 --task seg --out runs/probe-cd
     python probe.py --data /data/nuscenes --encoder dinov2_vits14 --task depth --out runs/probe-depth     # without stage 2
     python probe.py --data /data/nuscenes --encoder runs/s1 --task seg3d --out runs/probe-3d              # stage 1's WaffleIron
+    python probe.py --data /data/nuscenes --encoder runs/s2 --task seg --finetune --percent 1             # Table 1, 1% FT
 
-OUT is runs/probe-ENCODER-TASK unless given. Writes OUT/last.pth and OUT/log.jsonl, and resumes from there; `python eval.py OUT ...` evaluates and prints the table.
+OUT is runs/probe-ENCODER-TASK (-finetune, -1 for 1 %) unless given. Writes OUT/last.pth and OUT/log.jsonl and resumes from there; with
+--finetune also OUT/best.pth, the epoch of the lowest loss on the validation split. `python eval.py OUT ...` evaluates and prints the table.
 """
 import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -27,11 +30,12 @@ from waffleiron import BatchNorm, load_waffleiron
 
 # The papers' hyper-parameters by task (C.3; seg3d: ScaLR supplement B.3). lr and end_lr: peak and end of the cosine.
 PAPER = {
-    "seg": dict(cameras="all", epochs=10, batch=4, lr={"ViT": 5e-4, "ResNet-50": 1e-2}, end_lr=0.0,
+    "seg": dict(cameras="all", epochs=10, batch=4, lr={"ViT": 5e-4, "ResNet-50": 1e-2}, finetune_lr={"ViT": 1e-5}, end_lr=0.0,
                 warmup=0, weight_decay=1e-4, head="linear"),
-    "depth": dict(cameras="CAM_FRONT", epochs=10, batch=16, lr={"ViT": 1e-2, "ResNet-50": 1e-1}, end_lr=0.0,
-                  warmup=0, weight_decay=1e-4, head="linear"),
-    "seg3d": dict(cameras="all", epochs=20, batch=8, lr=1e-3, end_lr=1e-5, warmup=2, weight_decay=3e-3, head="batchnorm"),
+    "depth": dict(cameras="CAM_FRONT", epochs=10, batch=16, lr={"ViT": 1e-2, "ResNet-50": 1e-1}, finetune_lr={"ViT": 2e-5},
+                  end_lr=0.0, warmup=0, weight_decay=1e-4, head="linear"),
+    "seg3d": dict(cameras="scan", epochs=20, batch=8, lr=1e-3, finetune_lr=None, end_lr=1e-5, warmup=2, weight_decay=3e-3,
+                  head="batchnorm"),
 }
 
 
@@ -46,10 +50,13 @@ def parse(argv=None):
         values = {task: row[name] for task, row in PAPER.items()}
         return "; ".join(f"{task} " + (", ".join(f"{family} {v}" for family, v in value.items()) if isinstance(value, dict) else str(value))
                          for task, value in values.items())
-    add("--cameras", help=f"all or a channel (default: {by_task('cameras')})")
+    add("--finetune", action="store_true", help="train the image encoder too (Tables 1 and 2), not only the head")
+    add("--percent", type=int, choices=(1, 10, 100), default=100, help="of the training scenes: every 100th or 10th, as SLidR and "
+        "ScaLR (default: %(default)s)")
+    add("--cameras", help=f"all, a channel, or scan: the whole scan, for seg3d (default: {by_task('cameras')})")
     add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
     add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
-    add("--lr", type=float, help=f"peak learning rate (default: {by_task('lr')})")
+    add("--lr", type=float, help=f"peak learning rate (default: {by_task('lr')}; with --finetune: {by_task('finetune_lr')})")
     add("--end-lr", type=float, help=f"learning rate at the end of the cosine (default: {by_task('end_lr')})")
     add("--warmup", type=float, help=f"epochs from 0 to --lr (default: {by_task('warmup')})")
     add("--weight-decay", type=float, help=f"of AdamW (default: {by_task('weight_decay')})")
@@ -58,10 +65,13 @@ def parse(argv=None):
     add("--cache", action="store_true", help="compute the frozen features once and keep them in memory, in half precision (1 000 views of "
         "3 000 points and 384 channels: 2.3 GB); turns the augmentation of seg3d off")
     args = parser.parse_args(argv)
-    for name, value in PAPER[args.task].items():
+    paper = dict(PAPER[args.task])
+    finetune_lr = paper.pop("finetune_lr")
+    for name, value in (paper | {"lr": finetune_lr} if args.finetune else paper).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.out = args.out or f"runs/probe-{Path(args.encoder).name}-{args.task}"
+    args.out = args.out or (f"runs/probe-{Path(args.encoder).name}-{args.task}" + "-finetune" * args.finetune
+                            + f"-{args.percent}" * (args.percent < 100))
     return args
 
 
@@ -121,9 +131,36 @@ class Cached(torch.utils.data.Dataset):
         return self.items[key[1]]
 
 
+class Finetuned(torch.nn.Module):
+    """An encoder and the head on it as one module, so that the gradients of both are averaged over the processes."""
+
+    def __init__(self, encoder, head, features):
+        super().__init__()
+        self.encoder, self.head, self.features = encoder, head, features
+
+    def forward(self, batch):
+        return self.head(self.features(batch).float())
+
+
+@torch.no_grad()
+def validation_loss(task, outputs_of, loader, device):
+    """Mean loss over this loader's batches of all processes, weighted by their points."""
+    sums = torch.zeros(2, dtype=torch.double, device=device)
+    for batch in loader:
+        batch = training.to_device(batch, device)
+        loss, count = probe_loss(task, outputs_of(batch), batch)
+        sums += torch.tensor([loss * count, count], dtype=torch.double, device=device)
+    total, count = training.sum_over_processes(sums).tolist()
+    return total / max(1, count)
+
+
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
+    if args.finetune and (args.cache or args.task == "seg3d"):
+        raise InputError(f"--finetune: not with {'--cache' if args.cache else '--task seg3d'}; it trains an image encoder")
+    if args.cameras == "scan" and args.task != "seg3d":
+        raise InputError("--cameras scan: for --task seg3d only, a scan has no image")
     if args.head == "whitened" and not args.cache:
         raise InputError("--head whitened needs all features at once: add --cache")
     ignored = [name for name in ("weights", "hub", "feature", "image_size") if getattr(args, name)]
@@ -142,20 +179,27 @@ def main(argv=None):
             encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature)
             image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", (224, 448)), None, encoder.dim
             image_size = encoder.check_size(image_size)
+            if isinstance(args.lr, dict) and encoder.row.family not in args.lr:
+                raise InputError(f"--lr: the paper has none for fine-tuning a {encoder.row.family}; give one")
             args.lr = args.lr[encoder.row.family] if isinstance(args.lr, dict) else args.lr
     checkpoint = training.find_last(args)
     with training.first_process_first():
         index = load_index(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
-    encoder = encoder.to(device).eval().requires_grad_(False)
-    frames = Frames(index, index.select("train", limit=args.limit), args.cameras, image_size, cloud,
-                    training=not args.cache, augment=cloud is not None and not args.cache, labels=args.task != "depth",
-                    max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
+    encoder = encoder.to(device).eval().requires_grad_(args.finetune)  # in eval() also where it is trained, as in stage 2
+    rows = index.select("train", limit=args.limit, percent=args.percent)
+    if args.percent < 100 and training.rank() == 0:
+        print(f"{args.percent} % of the training scenes: {', '.join(np.unique(index.scene[rows]).astype(str))}", flush=True)
+    options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
+    frames = Frames(index, rows, args.cameras, image_size, cloud, training=not args.cache,
+                    augment=cloud is not None and not args.cache, **options)
+    held_out = Frames(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
+    mine = [[(0, number)] for number in range(training.rank(), len(held_out), training.world())]
 
     def features(batch):
         """Features [N, D] at the points."""
-        with torch.no_grad(), training.autocast(device, args.precision):
+        with torch.set_grad_enabled(args.finetune and torch.is_grad_enabled()), training.autocast(device, args.precision):
             return features_at_points(encoder, batch, image_size)
 
     total = args.steps or len(frames) // args.batch * args.epochs
@@ -170,25 +214,32 @@ def main(argv=None):
     head = models.linear_head(args.head, dim, outputs, BatchNorm).to(device)
     if args.head == "whitened" and checkpoint is None:
         head[0].fit(torch.cat([item["features"][::4] for item in frames.items]).float().to(device))
-    model = training.distribute(head, device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    trained = Finetuned(encoder, head, features) if args.finetune else head
+    model = training.distribute(trained, device, find_unused_parameters=args.finetune)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     warmup = min(round(args.warmup * batches.per_epoch), total // 10)
 
     # ---- resume ----
     if checkpoint:
         head.load_state_dict(checkpoint["model"])
+        if args.finetune:
+            encoder.backbone.load_state_dict(checkpoint["backbone"])
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log = training.Log(args.out, device)
+    best = checkpoint["best"] if checkpoint else float("inf")
+    log = training.Log(args.out, device, trained)
     bar = tqdm(loader, f"probe {args.task}", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = training.to_device(batch, device)
-        frozen = batch["features"] if args.cache else features(batch)  # [N, D]
-        loss, count = probe_loss(args.task, model(frozen.float()), batch)
+        if args.finetune:
+            outputs = model(batch)
+        else:
+            outputs = model((batch["features"] if args.cache else features(batch)).float())  # [N, D] -> [N, classes or 1]
+        loss, count = probe_loss(args.task, outputs, batch)
         loss = loss * training.share(count, device)
         optimizer.zero_grad()
         loss.backward()
@@ -198,14 +249,26 @@ def main(argv=None):
         done = step + 1
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
-        if done % batches.per_epoch == 0 or done == total:
-            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
-        if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
+        epoch_ends, values = done % batches.per_epoch == 0 or done == total, {}
+        if epoch_ends and args.finetune:
+            head.eval()
+            values["validation_loss"] = validation_loss(args.task, trained, training.load(held_out, mine, collate, args.workers, device),
+                                                        device)
+            head.train()
+        if epoch_ends:
+            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr, **values)
+        if epoch_ends or done % args.save_every == 0:
             log.mean()  # raises rather than save what is not finite
-            training.save(os.path.join(args.out, "last.pth"), {
-                "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim,
-                "encoder": models.source_of(args), "image_size": image_size, "data": os.path.abspath(args.data),
-                "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
+            is_best = values.get("validation_loss", float("inf")) < best
+            best = values["validation_loss"] if is_best else best
+            for name in ["best.pth"] * is_best + ["last.pth"]:
+                training.save(os.path.join(args.out, name), {
+                    "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim,
+                    "backbone": encoder.backbone.state_dict() if args.finetune else None, "best": best,
+                    "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
+                    "data": os.path.abspath(args.data), "optimizer": optimizer.state_dict(), "step": done, "total": total,
+                    "args": vars(args)})
+    log.report()
     if training.rank() == 0:
         print(f"next: python eval.py {args.out}", flush=True)
 

@@ -92,7 +92,7 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log = training.Log(args.out, device)
+    log = training.Log(args.out, device, waffleiron)
     bar = tqdm(loader, "stage 1", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
@@ -122,6 +122,7 @@ def main(argv=None):
                 "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
                 "cloud": cloud, "encoder": models.source_of(args), "image_size": image_size,
                 "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
+    log.report()
 
 
 if __name__ == "__main__":

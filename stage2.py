@@ -102,7 +102,7 @@ def main(argv=None, dataset=Frames):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log = training.Log(args.out, device)
+    log = training.Log(args.out, device, encoder)
     bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
@@ -132,6 +132,7 @@ def main(argv=None, dataset=Frames):
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},
                 "model": encoder.backbone.state_dict(),
                 "optimizer": optimizer.state_dict(), "step": done, "args": vars(args)})
+    log.report()
 
 
 if __name__ == "__main__":

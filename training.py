@@ -8,6 +8,8 @@ import contextlib
 import json
 import math
 import os
+import resource
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -199,10 +201,10 @@ def find_last(args):
 
 
 class Log:
-    """One JSON line an epoch in log.jsonl (first process only), with the mean of the epoch's losses."""
+    """One JSON line an epoch in log.jsonl (first process only): mean loss, and what the paper's Table L tells of a run."""
 
-    def __init__(self, out, device):
-        self.path, self.device = Path(out, "log.jsonl"), device
+    def __init__(self, out, device, model):
+        self.path, self.device, self.model = Path(out, "log.jsonl"), device, model
         self.total, self.count, self.time = torch.zeros((), device=device), 0, time.time()
 
     def add(self, loss):
@@ -220,11 +222,27 @@ class Log:
     def write(self, **values):
         """Write the line and begin the next epoch."""
         loss = sum_over_processes(torch.tensor(self.mean(), device=self.device)).item() / world()
-        values |= {"loss": loss, "seconds": round(time.time() - self.time, 1)}
-        if self.device.type == "cuda":
-            values["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        values |= {"loss": loss, "seconds": round(time.time() - self.time, 1), "processes": world(),
+                   "trainable_parameters": trained, "memory_gb": round(peak_memory(self.device) / 2**30, 2)}
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
-        self.__init__(self.path.parent, self.device)
+        self.__init__(self.path.parent, self.device, self.model)
+
+    def report(self):
+        """Print the whole run's row of Table L, resumed parts included (first process)."""
+        if rank() == 0 and self.path.is_file():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            hours = sum(line["seconds"] * line["processes"] for line in lines) / 3600
+            name = "GPU" if self.device.type == "cuda" else "process"
+            print(f"{self.path.parent}: {lines[-1]['trainable_parameters'] / 1e6:.1f} M trainable parameters, "
+                  f"{max(line['memory_gb'] for line in lines):.1f} GB per {name}, {hours:.2f} {name}-hours", flush=True)
+
+
+def peak_memory(device):
+    """Bytes at most so far: allocated on the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

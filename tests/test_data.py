@@ -211,6 +211,40 @@ def test_depth_items_have_one_point_a_pixel(world):
     assert len(torch.unique(whole, dim=0)) == len(whole) and item["depths"].max() <= 30
 
 
+def test_a_whole_scan(world):
+    frames = frames_of(world, cameras="scan", cloud=data.CLOUD | {"max_points": 300}, every_point=False)
+    item, scan = frames[0, 0], frames.scan(frames.rows[0])
+    assert len(frames) == 8 and not {"pixels", "depths", "image"} & set(item)
+    assert len(item["feats"]) == len(item["labels"]) == 300
+    item = frames_of(world, cameras="scan", cloud=data.CLOUD | {"voxel": 2.0}, every_point=True)[0, 0]
+    kept = item["feats"][:, 1:4]
+    assert len(item["labels"]) == len(item["nearest"]) == len(scan) > 1.5 * len(kept)
+    distances = torch.cdist(torch.from_numpy(scan[:, :3].copy()).double(), kept.double())  # every point against every kept one
+    torch.testing.assert_close(distances.gather(1, item["nearest"][:, None])[:, 0], distances.min(1).values)
+
+
+def test_a_batch_of_whole_scans(world):
+    frames = frames_of(world, cameras="scan", cloud=data.CLOUD | {"voxel": 2.0}, every_point=True)
+    items = [frames[0, 0], frames[0, 3]]
+    batch = data.collate(items)
+    second = len(items[0]["feats"])
+    assert torch.equal(batch["nearest"][len(items[0]["labels"]):], items[1]["nearest"] + second)
+    assert torch.equal(batch["batch"][batch["nearest"]].bincount(), torch.tensor([len(item["labels"]) for item in items]))
+
+
+def test_a_subclass_may_change_what_a_sensor_gives(world):
+    class Dark(data.Frames):
+        def image(self, row, camera):
+            return super().image(row, camera) // 2
+
+        def scan(self, row):
+            return super().scan(row)[::2]
+    index = load_index(world)
+    plain, dark = (kind(index, index.select("train"), "all", (80, 160)) for kind in (data.Frames, Dark))
+    assert torch.equal(dark[0, 0]["image"], plain[0, 0]["image"] // 2)
+    assert len(dark[0, 0]["pixels"]) < 0.6 * len(plain[0, 0]["pixels"])
+
+
 def test_all_cameras_of_the_real_frame(real):
     index = load_index(real, "v1.0-mini")
     frames = data.Frames(index, index.select("train"), "all", (224, 448), data.CLOUD)

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -15,6 +16,19 @@ def test_index_of_the_world(world):
     assert len(found.select("train", limit=3)) == 3
     with pytest.raises(InputError, match="no frame of split 'test'"):
         found.select("test")
+
+
+def test_one_percent_are_every_hundredth_training_scene():
+    from nuscenes.utils.splits import create_splits_scenes
+    train = create_splits_scenes()["train"]
+    scenes = np.array([name for name in reversed(train) for _ in range(3)] + ["scene-0003"], np.bytes_)
+    frames = {field.name: None for field in dataclasses.fields(index.Index)} | {
+        "scene": scenes, "split": np.array([b"train"] * 2100 + [b"val"]), "condition": np.arange(2101) % 3}
+    found = index.Index(**frames)
+    rows = found.select("train", percent=1)
+    assert len(rows) == 21 and sorted(set(scenes[rows].astype(str))) == sorted(train)[::100]
+    assert len(found.select("train", percent=10)) == 210 and len(found.select("train")) == 2100
+    assert len(found.select("train", ["night"], percent=1)) == 7  # the same scenes, some of their frames
 
 
 def test_condition_of_description():

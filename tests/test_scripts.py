@@ -16,6 +16,8 @@ import stage1
 import stage2
 import training
 from conftest import ROOT
+from data import Frames, collate, read_labels, read_scan
+from index import load_index
 from models import load_image_encoder
 
 SMALL = ["--channels", "16", "--depth", "2", "--fov", "48", "48", "8", "--cell", "1", "--neighbors", "4"]
@@ -102,6 +104,55 @@ def test_probe_and_evaluation(world, first, second, tmp_path, task, cache, capsy
     assert (runs[0] / "results.json").is_file()
 
 
+@pytest.mark.parametrize("task", ["seg", "depth"])
+def test_finetuning_and_its_evaluation(world, second, tmp_path, task):
+    more = ["--finetune", "--lr", "1e-3", "--steps", "9"]  # of 8 images, 2 a batch: the third epoch ends with the run
+    probe.main(probe_args(world, task, second, tmp_path / "p", *more))
+    last, best = (torch.load(tmp_path / "p" / f"{name}.pth", weights_only=True) for name in ("last", "best"))
+    before = load_image_encoder(str(second)).backbone.state_dict()
+    assert not torch.equal(last["backbone"]["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    losses = [line["validation_loss"] for line in lines(tmp_path / "p")]
+    assert len(losses) == 3 and last["best"] == best["best"] == min(losses)
+    assert best["step"] == (4, 8, 9)[losses.index(min(losses))]
+    trained = sum(v.numel() for v in last["backbone"].values()) + sum(v.numel() for v in last["model"].values())
+    assert lines(tmp_path / "p")[-1]["trainable_parameters"] == trained
+    (tmp_path / "s2").symlink_to(second)
+    evaluation.main([str(tmp_path / "p"), str(tmp_path / "p" / "best.pth"), "--out", str(tmp_path / "table"), "--workers", "0", "--device", "cpu"])
+    results = json.loads((tmp_path / "table.json").read_text())
+    assert [result["step"] for result in results] == [9, best["step"]]
+    assert (tmp_path / "p" / "results.json").is_file() and (tmp_path / "p" / "results-best.json").is_file()
+    # what eval.py loads is what was trained
+    _, encoder, head, _ = evaluation.load_probe(tmp_path / "p", torch.device("cpu"))
+    assert all(torch.equal(value, last["backbone"][name]) for name, value in encoder.backbone.state_dict().items())
+    assert torch.equal(head[1].weight, last["model"]["1.weight"])
+
+
+def test_one_percent_of_the_labels(world, second, tmp_path, capsys):
+    probe.main(probe_args(world, "seg", second, tmp_path / "p", "--percent", "1", "--steps", "1", "--batch", "1"))
+    assert re.search(r"1 % of the training scenes: scene-\d{4}\n", capsys.readouterr().out)  # one of eight
+
+
+def test_3d_probe_of_whole_scans_is_judged_on_every_point(world, first, tmp_path):
+    probe.main(probe_args(world, "seg3d", first, tmp_path / "p", "--steps", "2"))
+    assert torch.load(tmp_path / "p" / "last.pth", weights_only=True)["args"]["cameras"] == "scan"
+    evaluation.main([str(tmp_path / "p"), "--out", str(tmp_path / "table"), "--workers", "0", "--device", "cpu"])
+    found = json.loads((tmp_path / "p" / "results.json").read_text())["mIoU"]
+
+    index = load_index(world)
+    probe_, encoder, head, cloud = evaluation.load_probe(tmp_path / "p", torch.device("cpu"))
+    confusion = torch.zeros(16, 16, dtype=torch.long)
+    for row in index.select("val"):  # one scan at a time, the nearest point by brute force
+        item = Frames(index, [row], "scan", None, cloud | {"max_points": 10**9}, labels=True)[0, 0]
+        batch = collate([item])
+        with torch.no_grad():
+            classes = head(encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])).argmax(1)
+        scan = read_scan(world / index.lidar[row].decode())
+        nearest = torch.cdist(torch.from_numpy(scan[:, :3].copy()).double(), item["feats"][:, 1:4].double()).argmin(1)
+        truth = torch.from_numpy(read_labels(world / index.lidarseg[row].decode(), index.coarse, len(scan)).astype("int64"))
+        confusion += evaluation.confusion_matrix(classes[nearest][truth > 0], truth[truth > 0] - 1, 16)
+    assert found["full"] == pytest.approx(100 * evaluation.mean_iou(confusion), abs=0.02)
+
+
 def test_cached_features_give_the_same_probe(world, second, tmp_path):
     for name, more in (("plain", []), ("cached", ["--cache"])):
         probe.main(probe_args(world, "depth", second, tmp_path / name, "--steps", "3", *more))
@@ -126,7 +177,7 @@ def test_bf16_is_near_fp32(world, first, second, tmp_path):
 
 # ---- stopped and resumed ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
+@pytest.mark.parametrize("script", ["stage1", "stage2", "probe", "finetune"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, script, monkeypatch):
     def start(out):
         more = ["--steps", "6", "--save-every", "3"]
@@ -134,6 +185,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, 
             stage1.main(stage1_args(world, out, *more))
         elif script == "stage2":
             stage2.main(stage2_args(world, first, out, *more))
+        elif script == "finetune":
+            probe.main(probe_args(world, "seg", second, out, *more, "--finetune", "--lr", "1e-3"))
         else:
             probe.main(probe_args(world, "seg3d", first, out, *more))
 
@@ -142,7 +195,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, 
 
     def save_and_stop(path, content):
         save(path, content)
-        if content["step"] == 3:
+        if content["step"] == 3 and str(path).endswith("last.pth"):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(training, "save", save_and_stop)
@@ -159,20 +212,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, 
 # ---- two processes ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
+@pytest.mark.parametrize("script", ["stage1", "stage2", "probe", "finetune"])
 def test_two_processes_are_one_with_the_same_global_batch(world, first, second, tmp_path, script):
     def command(out):
         more = ["--steps", "3", "--batch", "4"]
         return {"stage1": stage1_args(world, out, *more), "stage2": stage2_args(world, first, out, *more, "--lr", "1e-4"),
-                "probe": probe_args(world, "depth", second, out, *more, "--head", "batchnorm")}[script]
+                "probe": probe_args(world, "depth", second, out, *more, "--head", "batchnorm"),
+                "finetune": probe_args(world, "depth", second, out, *more, "--finetune", "--lr", "1e-4")}[script]
 
-    getattr(sys.modules[__name__], script).main(command(tmp_path / "one"))
+    module = "probe" if script == "finetune" else script
+    getattr(sys.modules[__name__], module).main(command(tmp_path / "one"))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           f"{script}.py", *command(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
+                           f"{module}.py", *command(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = model_of(tmp_path / "one"), model_of(tmp_path / "two")
     # Adam divides by the gradient's size: rounding differences of a gradient near zero reach the size of a step
-    typical = {"stage1": 2e-3, "stage2": 1e-4, "probe": 1e-2}[script]
+    typical = {"stage1": 2e-3, "stage2": 1e-4, "probe": 1e-2, "finetune": 1e-4}[script]
     mean = torch.cat([(one[k].double() - two[k].double()).abs().flatten() for k in one if "num_batches" not in k]).mean()
     assert mean < 0.01 * typical
     assert lines(tmp_path / "two")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], rel=1e-4)
@@ -216,6 +271,12 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert "--image-size 81 160" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--image-size", "81", "160"))
     assert "--batch 99" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--batch", "99"))
     assert "--steps 0" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--steps", "0"))
+    finetune = probe_args(world, "seg", second, out, "--finetune")
+    assert "--finetune: not with --cache" in fails_with_one_line(capsys, probe.main, [*finetune, "--cache"])
+    assert "--finetune: not with --task seg3d" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg3d", first, out, "--finetune"))
+    assert "for --task seg3d only" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", second, out, "--cameras", "scan"))
+    resnet = probe_args(world, "seg", "dino_resnet50", out, "--weights", "random", "--image-size", "64", "128", "--finetune")
+    assert "none for fine-tuning a ResNet-50" in fails_with_one_line(capsys, probe.main, resnet)
     assert "no last.pth" in fails_with_one_line(capsys, evaluation.main, [str(tmp_path)])
     assert not out.exists()
 
@@ -226,7 +287,6 @@ def test_damaged_files_found_by_a_loading_process_are_one_line(world, tmp_path, 
     root = tmp_path / "copy"
     shutil.copytree(world, root)
     command = [sys.executable, "stage1.py", *stage1_args(root, tmp_path / "out", "--steps", "2", "--batch", "4", "--workers", "1")]
-    from index import load_index
     load_index(root)
     for path in (root / "samples" / ("LIDAR_TOP" if damage == "scan" else "CAM_FRONT")).iterdir():
         path.write_bytes(path.read_bytes()[:1003])

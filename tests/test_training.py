@@ -79,8 +79,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         training.find_last(args_of(tmp_path))
 
 
-def test_log_writes_the_mean_of_an_epoch(tmp_path):
-    log = training.Log(tmp_path, torch.device("cpu"))
+def test_log_writes_the_mean_of_an_epoch(tmp_path, capsys):
+    model = torch.nn.Linear(999, 1000)
+    model.bias.requires_grad_(False)
+    log = training.Log(tmp_path, torch.device("cpu"), model)
     for loss in (1.0, 2.0):
         log.add(torch.tensor(loss))
     log.write(epoch=1)
@@ -88,6 +90,10 @@ def test_log_writes_the_mean_of_an_epoch(tmp_path):
     log.write(epoch=2)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [1.5, 5.0]
+    assert [line["trainable_parameters"] for line in lines] == [999000, 999000] and lines[0]["memory_gb"] > 0.1
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line | {"seconds": 1800, "processes": 4}) + "\n" for line in lines))
+    log.report()
+    assert "1.0 M trainable parameters" in (report := capsys.readouterr().out) and "4.00 process-hours" in report
     log.add(torch.tensor(math.nan))
     with pytest.raises(FloatingPointError, match="nan"):
         log.write(epoch=3)
