@@ -300,14 +300,14 @@ def test_damaged_files_found_by_a_loading_process_are_one_line(world, tmp_path, 
 
 def test_defaults_are_readme_s_table():
     """Rows of README's table: | script | flag | paper | default |."""
-    rows = re.findall(r"^\| `(stage1|stage2|probe --task \w+)` \| `--([\w-]+)` \| (.+?) \| `(.+?)` \|", (ROOT / "README.md").read_text(),
+    rows = re.findall(r"^\| `(stage1|stage2|probe --task [\w -]+)` \| `--([\w-]+)` \| (.+?) \| `(.+?)` \|", (ROOT / "README.md").read_text(),
                       re.M)
     assert len(rows) >= 30
     parsers = {"stage1": lambda: stage1.parse(["--data", "x", "--out", "y"]),
                "stage2": lambda: stage2.parse(["--data", "x", "--out", "y", "--stage1", "z"])}
     for script, flag, _, default in rows:
         if script.startswith("probe"):
-            args = probe.parse(["--data", "x", "--out", "y", "--encoder", "z", "--task", script.split()[-1]])
+            args = probe.parse(["--data", "x", "--out", "y", "--encoder", "z", *script.split()[1:]])
         else:
             args = parsers[script]()
         value = getattr(args, flag.replace("-", "_"))
