@@ -14,7 +14,7 @@ import torch
 
 from errors import InputError
 
-NUMPY_NUMBER = np.float64(0).__reduce__()[0]
+NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # the function that makes a number of its type and bytes
 ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
            *((NUMPY_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]  # numpy 1 and 2
 WHO_WRITES = {"point_encoder": "stage1.py", "image_encoder": "stage2.py", "probe": "probe.py"}
@@ -69,8 +69,9 @@ def strip(state, prefix):
 
 def check_fit(state, expected, subject):
     """Raise InputError, naming the first five differences, unless the tensors in state have these {name: shape}."""
-    wrong = [f"missing {name}" for name in expected if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in expected]
+    missing = [f"missing {name}" for name in expected if name not in state]
+    unexpected = [f"unexpected {name}" for name in state if name not in expected]
+    wrong = missing[:3] + unexpected[:2] + missing[3:] + unexpected[2:]  # some of both among the first
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     wrong += [f"{name} has shape {shapes[name]} instead of {tuple(shape)}" for name, shape in expected.items()
               if name in state and (shapes[name] != tuple(shape) or not torch.is_tensor(state[name]))]

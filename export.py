@@ -4,7 +4,7 @@
     python export.py runs/s2 --out encoder_hf --format transformers    # for from_pretrained("encoder_hf")
     python export.py runs/s2 --out encoder.onnx --format onnx          # images [B, 3, H, W] in [0, 1] to features [B, D, h, w]
 
-With the weights comes encoder.json: what they are, under which license, how they were trained, their SHA-256, and the mean
+With the weights comes a JSON (encoder.pth.json; in a folder encoder.json): what they are, under which license, how they were trained, their SHA-256, and the mean
 and standard deviation by which images are normalised before them (the ONNX graph does so itself).
 """
 import argparse
@@ -21,7 +21,7 @@ from torch import nn
 
 from checkpoints import load_checkpoint
 from errors import InputError, one_line_errors
-from models import load_image_encoder
+from models import encoder_of
 from vit import interpolate_positions
 
 NEEDED = {"plain": (), "transformers": ("safetensors",), "onnx": ("onnx", "onnxscript")}  # packages beside PyTorch
@@ -172,13 +172,13 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     checkpoint = load_checkpoint(args.checkpoint, "image_encoder")
-    encoder = load_image_encoder(os.path.abspath(args.checkpoint))  # absolute, so that it is no encoder's name
+    encoder = encoder_of(checkpoint, args.checkpoint)
     row, size = encoder.row, encoder.check_size(args.image_size or encoder.spec["image_size"])
     if args.format == "transformers" and not row.vit:
         raise InputError(f"--format transformers: there is no map for {row.name}; --format plain has torchvision's names")
 
     out = Path(args.out)
-    folder, name, about = out.parent, out.name, f"{out.stem}.json"
+    folder, name, about = out.parent, out.name, f"{out.name}.json"
     if args.format == "transformers":
         folder, name, about = out, "model.safetensors", "encoder.json"
     try:

@@ -14,10 +14,11 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-from checkpoints import check_fit, load_checkpoint, load_strictly, read, strip
+from checkpoints import check_fit, check_kind, load_strictly, read, strip
 from errors import InputError
 from vit import ViT
 
+IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
 FEATURES = ("prenorm", "norm", "keys")  # of a ViT, see `ViT.feature_map`; a ResNet-50 has one, "layer4"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of R, G, B
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -48,7 +49,8 @@ class Row(NamedTuple):
     vit: dict | None                    # arguments of ViT; None: torchvision's ResNet-50
     license: str                        # of the weights
     feature: str = "prenorm"            # what is distilled unless --feature says otherwise (ScaLR, supplement B.2)
-    entry: str = ""                     # entry point of torch.hub where it is not the name, or the address of a weights file
+    entry: str | None = ""              # entry point of torch.hub where it is not the name; None: the release has none
+    url: str = ""                       # address of the weights: of the file without torch.hub, else of a page to get them from
     normalization: tuple = IMAGENET
     released_name: Callable = same_name
 
@@ -61,48 +63,50 @@ class Row(NamedTuple):
         return "ViT" if self.vit else "ResNet-50"
 
 
-S, B, L = (dict(dim=dim, depth=depth, heads=dim // 64) for dim, depth in ((384, 12), (768, 12), (1024, 24)))
-G, H = dict(dim=1536, depth=40, heads=24, hidden=4096, mlp="swiglu12"), dict(dim=1280, depth=32, heads=20, hidden=5120, mlp="swiglu")
+SMALL, BASE, LARGE = (dict(dim=dim, depth=depth, heads=dim // 64) for dim, depth in ((384, 12), (768, 12), (1024, 24)))
+GIANT = dict(dim=1536, depth=40, heads=24, hidden=4096, mlp="swiglu12")
+HUGE = dict(dim=1280, depth=32, heads=20, hidden=5120, mlp="swiglu")
 DINO8, DINO16 = dict(grid=(28, 28)), dict(grid=(14, 14))
 DINOV2 = dict(grid=(37, 37), layer_scale=True, mask_token=True)
 DINOV2_REG = DINOV2 | dict(registers=("register_tokens", 4), antialias=True)
 DINOV3 = dict(grid=None, layer_scale=True, mask_token=True, registers=("storage_tokens", 4))
+DINOV3_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 DEPTH_ANYTHING = "https://huggingface.co/depth-anything/Depth-Anything-V2-{0}/resolve/main/depth_anything_v2_vit{1}.pth"
 
 ENCODERS = {row.name: row for row in (
-    Row("dinov2_vits14", "facebookresearch/dinov2", 14, S | DINOV2, "Apache-2.0"),
-    Row("dinov2_vitb14", "facebookresearch/dinov2", 14, B | DINOV2, "Apache-2.0"),
-    Row("dinov2_vitl14", "facebookresearch/dinov2", 14, L | DINOV2, "Apache-2.0"),
-    Row("dinov2_vitg14", "facebookresearch/dinov2", 14, G | DINOV2, "Apache-2.0"),
-    Row("dinov2_vits14_reg", "facebookresearch/dinov2", 14, S | DINOV2_REG, "Apache-2.0"),
-    Row("dinov2_vitb14_reg", "facebookresearch/dinov2", 14, B | DINOV2_REG, "Apache-2.0"),
-    Row("dinov2_vitl14_reg", "facebookresearch/dinov2", 14, L | DINOV2_REG, "Apache-2.0"),
-    Row("dinov2_vitg14_reg", "facebookresearch/dinov2", 14, G | DINOV2_REG, "Apache-2.0"),
-    Row("dinov3_vits16", "facebookresearch/dinov3", 16, S | DINOV3, "DINOv3 License"),
-    Row("dinov3_vitb16", "facebookresearch/dinov3", 16, B | DINOV3, "DINOv3 License"),
-    Row("dinov3_vitl16", "facebookresearch/dinov3", 16, L | DINOV3, "DINOv3 License"),
-    Row("dinov3_vith16plus", "facebookresearch/dinov3", 16, H | DINOV3, "DINOv3 License"),
-    Row("dino_vits8", "facebookresearch/dino", 8, S | DINO8, "Apache-2.0"),
-    Row("dino_vits16", "facebookresearch/dino", 16, S | DINO16, "Apache-2.0"),
-    Row("dino_vitb8", "facebookresearch/dino", 8, B | DINO8, "Apache-2.0"),
-    Row("dino_vitb16", "facebookresearch/dino", 16, B | DINO16, "Apache-2.0"),
+    Row("dinov2_vits14", "facebookresearch/dinov2", 14, SMALL | DINOV2, "Apache-2.0"),
+    Row("dinov2_vitb14", "facebookresearch/dinov2", 14, BASE | DINOV2, "Apache-2.0"),
+    Row("dinov2_vitl14", "facebookresearch/dinov2", 14, LARGE | DINOV2, "Apache-2.0"),
+    Row("dinov2_vitg14", "facebookresearch/dinov2", 14, GIANT | DINOV2, "Apache-2.0"),
+    Row("dinov2_vits14_reg", "facebookresearch/dinov2", 14, SMALL | DINOV2_REG, "Apache-2.0"),
+    Row("dinov2_vitb14_reg", "facebookresearch/dinov2", 14, BASE | DINOV2_REG, "Apache-2.0"),
+    Row("dinov2_vitl14_reg", "facebookresearch/dinov2", 14, LARGE | DINOV2_REG, "Apache-2.0"),
+    Row("dinov2_vitg14_reg", "facebookresearch/dinov2", 14, GIANT | DINOV2_REG, "Apache-2.0"),
+    Row("dinov3_vits16", "facebookresearch/dinov3", 16, SMALL | DINOV3, "DINOv3 License", url=DINOV3_PAGE),
+    Row("dinov3_vitb16", "facebookresearch/dinov3", 16, BASE | DINOV3, "DINOv3 License", url=DINOV3_PAGE),
+    Row("dinov3_vitl16", "facebookresearch/dinov3", 16, LARGE | DINOV3, "DINOv3 License", url=DINOV3_PAGE),
+    Row("dinov3_vith16plus", "facebookresearch/dinov3", 16, HUGE | DINOV3, "DINOv3 License", url=DINOV3_PAGE),
+    Row("dino_vits8", "facebookresearch/dino", 8, SMALL | DINO8, "Apache-2.0"),
+    Row("dino_vits16", "facebookresearch/dino", 16, SMALL | DINO16, "Apache-2.0"),
+    Row("dino_vitb8", "facebookresearch/dino", 8, BASE | DINO8, "Apache-2.0"),
+    Row("dino_vitb16", "facebookresearch/dino", 16, BASE | DINO16, "Apache-2.0"),
     Row("dino_resnet50", "facebookresearch/dino", 32, None, "Apache-2.0", "layer4"),
-    Row("mocov2_resnet50", "facebookresearch/moco", 32, None, "CC-BY-NC-4.0", "layer4",
+    Row("mocov2_resnet50", "facebookresearch/moco", 32, None, "CC-BY-NC-4.0", "layer4", None,
         "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"),
-    Row("ibot_vitl16", "bytedance/ibot", 16, L | DINO16, "Apache-2.0",
-        entry="https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitl_16/checkpoint_teacher.pth"),
-    Row("clip_vitb16", "openai/CLIP", 16, B | dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu"), "MIT", "norm", "ViT_B_16",
-        CLIP, clip_name),
-    Row("depth_anything_v2_vits", "DepthAnything/Depth-Anything-V2", 14, S | DINOV2, "Apache-2.0",
-        entry=DEPTH_ANYTHING.format("Small", "s")),
-    Row("depth_anything_v2_vitb", "DepthAnything/Depth-Anything-V2", 14, B | DINOV2, "CC-BY-NC-4.0",
-        entry=DEPTH_ANYTHING.format("Base", "b")),
-    Row("depth_anything_v2_vitl", "DepthAnything/Depth-Anything-V2", 14, L | DINOV2, "CC-BY-NC-4.0",
-        entry=DEPTH_ANYTHING.format("Large", "l")),
+    Row("ibot_vitl16", "bytedance/ibot", 16, LARGE | DINO16, "Apache-2.0",
+        entry=None, url="https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitl_16/checkpoint_teacher.pth"),
+    Row("clip_vitb16", "openai/CLIP", 16, BASE | dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu"), "MIT", "norm", "ViT_B_16",
+        normalization=CLIP, released_name=clip_name),
+    Row("depth_anything_v2_vits", "DepthAnything/Depth-Anything-V2", 14, SMALL | DINOV2, "Apache-2.0",
+        entry=None, url=DEPTH_ANYTHING.format("Small", "s")),
+    Row("depth_anything_v2_vitb", "DepthAnything/Depth-Anything-V2", 14, BASE | DINOV2, "CC-BY-NC-4.0",
+        entry=None, url=DEPTH_ANYTHING.format("Base", "b")),
+    Row("depth_anything_v2_vitl", "DepthAnything/Depth-Anything-V2", 14, LARGE | DINOV2, "CC-BY-NC-4.0",
+        entry=None, url=DEPTH_ANYTHING.format("Large", "l")),
     # Without released weights: for yours, and the stand-in of the miniature
-    Row("vit_small8", "built-in", 8, S | DINO8, "-"),
-    Row("vit_small14", "built-in", 14, S | dict(grid=(16, 16)), "-"),
-    Row("vit_small16", "built-in", 16, S | DINO16, "-"),
+    Row("vit_small8", "built-in", 8, SMALL | DINO8, "-"),
+    Row("vit_small14", "built-in", 14, SMALL | dict(grid=(16, 16)), "-"),
+    Row("vit_small16", "built-in", 16, SMALL | DINO16, "-"),
     Row("vit_mini8", "built-in", 8, dict(dim=96, depth=4, heads=4, hidden=288, grid=(10, 20)), "MIT", "norm"),
 )}
 
@@ -134,7 +138,8 @@ class ImageEncoder(nn.Module):
     def check_size(self, size):
         """Raise InputError where the patch size does not divide an image size (H, W)."""
         for side in size:
-            if side % self.patch_size:
+            if side < 1 or side % self.patch_size:
+                side = max(side, 1)
                 below = side - side % self.patch_size
                 near = " and ".join(str(n) for n in (below, below + self.patch_size) if n)
                 raise InputError(f"--image-size {size[0]} {size[1]}: {self.spec['name']} has patches of {self.patch_size} "
@@ -160,26 +165,44 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
     if name_or_path not in ENCODERS and os.path.exists(name_or_path):
         if weights:
             raise InputError(f"--weights {weights}: {name_or_path} is a checkpoint and has weights of its own")
-        checkpoint = load_checkpoint(name_or_path, "image_encoder")
-        spec = checkpoint["encoder"]
-        row = _row(spec["name"])
-        backbone = _architecture(row)
-        load_strictly(backbone, checkpoint["model"], name_or_path)
-        return ImageEncoder(backbone, {"name": row.name, "feature": _feature(row, feature or spec["feature"]),
-                                       "image_size": spec["image_size"]}).eval()
+        content = read(name_or_path)
+        if not isinstance(content, dict) or "kind" not in content:
+            raise InputError(f"--encoder {name_or_path}: no checkpoint of stage2.py; for a file of weights give --encoder NAME too: "
+                             f"--encoder NAME --weights {name_or_path}")
+        check_kind(content, name_or_path, "image_encoder")
+        return encoder_of(content, name_or_path, feature)
     row = _row(name_or_path)
     spec = {"name": row.name, "feature": _feature(row, feature or row.feature)}
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return ImageEncoder(_architecture(row, "cpu"), spec).eval()
-    state = encoder_weights(read(weights) if weights else _released(row, hub), weights or row.source)
+    source = weights or hub or row.source
+    state = encoder_weights(read(weights) if weights else _released(row, hub), source)
     backbone = _architecture(row)
     own = {name: (*row.released_name(name, value.shape), value.shape) for name, value in backbone.state_dict().items()}
-    check_fit(state, {theirs: shape for theirs, shape, _ in own.values()}, f"{weights or row.source}: weights of another encoder "
-              f"than {row.name}")
+    check_fit(state, {theirs: shape for theirs, shape, _ in own.values()}, f"{source}: weights of another encoder than {row.name}")
     backbone.load_state_dict({name: state[theirs].reshape(shape) for name, (theirs, _, shape) in own.items()})
     return ImageEncoder(backbone, spec).eval()
+
+
+def encoder_of(checkpoint, path, feature=None):
+    """The `ImageEncoder` in eval() of a checkpoint of kind image_encoder; `path` is for messages."""
+    spec = checkpoint["encoder"]
+    row = _row(spec["name"])
+    backbone = _architecture(row)
+    load_strictly(backbone, checkpoint["model"], path)
+    return ImageEncoder(backbone, {"name": row.name, "feature": _feature(row, feature or spec["feature"]),
+                                   "image_size": spec["image_size"]}).eval()
+
+
+def of_family(value, encoder):
+    """A hyper-parameter that may be given by family of encoders, {family: value}. Raises InputError for another family."""
+    if not isinstance(value, dict):
+        return value
+    if encoder.row.family not in value:
+        raise InputError(f"--lr: the paper has none here for a {encoder.row.family}; give one")
+    return value[encoder.row.family]
 
 
 def add_arguments(parser, **encoder):
@@ -233,7 +256,7 @@ def _row(name):
 def _feature(row, feature):
     possible = FEATURES if row.vit else (row.feature,)
     if feature not in possible:
-        raise InputError(f"--feature {feature}: {row.name} has {', '.join(possible)}")
+        raise InputError(f"--feature {feature}: {row.name} has " + (", ".join(possible) if row.vit else "one feature, its last stage; leave it out"))
     return feature
 
 
@@ -243,7 +266,10 @@ def _architecture(row, device="meta"):
         if row.vit:
             backbone = ViT(row.patch_size, **row.vit)
         else:
-            from torchvision.models import resnet50  # here, so that ViTs do not need torchvision
+            try:
+                from torchvision.models import resnet50  # here, so that ViTs do not need torchvision
+            except ImportError as error:
+                raise InputError(f"--encoder {row.name}: torchvision cannot be imported ({error}); pip install torchvision") from None
             backbone = resnet50()
             backbone.fc = nn.Identity()
     return backbone.to_empty(device="cpu") if device == "meta" else backbone
@@ -253,26 +279,25 @@ def _released(row, hub):
     """What the release gives: its model's state dict by torch.hub, or the content of its file of weights."""
     if row.source == "built-in":
         raise InputError(f"--encoder {row.name}: the built-in ViT has no released weights; pass --weights FILE, or --weights random")
-    is_file = row.entry.startswith("https://")
-    if hub and is_file:
-        raise InputError(f"--hub {hub}: {row.source} has no entry for torch.hub; download {row.entry} and pass --weights FILE")
+    if hub and row.entry is None:
+        raise InputError(f"--hub {hub}: {row.source} has no entry for torch.hub; download {row.url} and pass --weights FILE")
     if hub and not Path(hub, "hubconf.py").is_file():
         raise InputError(f"--hub {hub}: no hubconf.py there; clone https://github.com/{row.source}")
     try:
-        if is_file:
-            path = Path(torch.hub.get_dir(), "checkpoints", f"{row.name}.pth")
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(row.entry, path)
-        else:
+        if row.entry is not None:
             model = torch.hub.load(hub or row.source, row.entry or row.name, source="local" if hub else "github",
                                    trust_repo=True, verbose=False)  # trusted: the user named it, or it is in the table
+            return (model[0] if isinstance(model, tuple) else model).state_dict()  # CLIP's gives (model, transform)
+        path = Path(torch.hub.get_dir(), "checkpoints", f"{row.name}.pth")
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(row.url, path)
     except Exception as error:  # no network, no such entry, a package that the repository needs: it can be anything
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"--encoder {row.name}: cannot be loaded from {hub or row.source} ({type(error).__name__}: {reason}); offline, "
-                         f"pass --weights FILE" + ("" if is_file else f", or a clone of https://github.com/{row.source} as --hub DIR")
-                         ) from None
-    return read(path) if is_file else (model[0] if isinstance(model, tuple) else model).state_dict()  # CLIP's: (model, transform)
+        raise InputError(f"--encoder {row.name}: cannot be loaded from {hub or row.source} ({type(error).__name__}: {reason}); pass "
+                         f"--weights FILE{f' from {row.url}' if row.url else ''}" + ("" if row.entry is None else
+                         f", or a clone of https://github.com/{row.source} as --hub DIR with its weights in the cache")) from None
+    return read(path)
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------

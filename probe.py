@@ -51,8 +51,7 @@ def parse(argv=None):
         return "; ".join(f"{task} " + (", ".join(f"{family} {v}" for family, v in value.items()) if isinstance(value, dict) else str(value))
                          for task, value in values.items())
     add("--finetune", action="store_true", help="train the image encoder too (Tables 1 and 2), not only the head")
-    add("--percent", type=int, choices=(1, 10, 100), default=100, help="of the training scenes: every 100th or 10th, as SLidR and "
-        "ScaLR (default: %(default)s)")
+    add("--percent", type=int, choices=(1, 10), help="of the training scenes: every 100th or 10th, as SLidR and ScaLR (default: all)")
     add("--cameras", help=f"all, a channel, or scan: the whole scan, for seg3d (default: {by_task('cameras')})")
     add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
     add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
@@ -71,7 +70,7 @@ def parse(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or (f"runs/probe-{Path(args.encoder).name}-{args.task}" + "-finetune" * args.finetune
-                            + f"-{args.percent}" * (args.percent < 100))
+                            + (f"-{args.percent}" if args.percent else ""))
     return args
 
 
@@ -174,22 +173,22 @@ def main(argv=None):
     with training.first_process_first():
         if args.task == "seg3d":
             encoder, stage1 = load_waffleiron(args.encoder)
+            if not stage1 and training.rank() == 0:
+                print(f"{args.encoder}: released weights; points and planes as ScaLR has them on nuScenes", flush=True)
             image_size, cloud, dim = None, stage1.get("cloud", CLOUD), encoder.spec["channels"]
         else:
             encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature)
-            image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", (224, 448)), None, encoder.dim
+            image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE), None, encoder.dim
             image_size = encoder.check_size(image_size)
-            if isinstance(args.lr, dict) and encoder.row.family not in args.lr:
-                raise InputError(f"--lr: the paper has none for fine-tuning a {encoder.row.family}; give one")
-            args.lr = args.lr[encoder.row.family] if isinstance(args.lr, dict) else args.lr
+            args.lr = models.of_family(args.lr, encoder)
     checkpoint = training.find_last(args)
     with training.first_process_first():
         index = load_index(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     encoder = encoder.to(device).eval().requires_grad_(args.finetune)  # in eval() also where it is trained, as in stage 2
-    rows = index.select("train", limit=args.limit, percent=args.percent)
-    if args.percent < 100 and training.rank() == 0:
+    rows = index.select("train", limit=args.limit, percent=args.percent or 100)
+    if args.percent and training.rank() == 0:
         print(f"{args.percent} % of the training scenes: {', '.join(np.unique(index.scene[rows]).astype(str))}", flush=True)
     options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
     frames = Frames(index, rows, args.cameras, image_size, cloud, training=not args.cache,

@@ -62,10 +62,10 @@ def main(argv=None):
     # ---- data ----
     with training.first_process_first():
         index = load_index(args.data, args.version)
-        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device).eval()
+        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
-    image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", (224, 448)))
+    image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
     cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
                      "neighbors": args.neighbors}
     frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size, cloud,

@@ -50,9 +50,10 @@ def parse(argv=None):
 
 
 @one_line_errors
-def main(argv=None, dataset=Frames):
-    """`dataset`: Frames, or a subclass that changes what a sensor gives (experiments/corruptions.py)."""
+def main(argv=None, dataset=Frames, **more):
+    """dataset: Frames, or what changes a sensor (experiments/corruptions.py); more: what says so among the run's arguments."""
     args = parse(argv)
+    vars(args).update(more)
     device = training.start(args)
 
     # ---- both encoders ----
@@ -62,17 +63,23 @@ def main(argv=None, dataset=Frames):
     if not args.encoder and not stage1:
         raise InputError(f"--stage1 {args.stage1}: released weights do not say which image encoder they were trained for; add "
                          "--encoder (ScaLR: dinov2_vitl14)")
-    chosen = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub, "feature": args.feature}
-    chosen = {name: value for name, value in chosen.items() if value}
+    if not stage1 and training.rank() == 0:
+        print(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes", flush=True)
+    theirs = stage1.get("encoder", {})
+    if args.encoder:
+        source = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub}
+    else:
+        source = theirs | {name: value for name, value in (("weights", args.weights), ("hub", args.hub)) if value}
+    source["feature"] = args.feature or theirs.get("feature")  # what the head was trained to give
     with training.first_process_first():
-        encoder = models.load_image_encoder(**(chosen if args.encoder else stage1["encoder"] | chosen)).to(device)
+        encoder = models.load_image_encoder(**source).to(device)
     if encoder.dim != waffleiron.spec["out_channels"]:
         raise InputError(f"--encoder {encoder.spec['name']}: its features have {encoder.dim} channels, the head of --stage1 {args.stage1} "
                          f"gives {waffleiron.spec['out_channels']}; it was trained for another encoder")
     if args.train_batchnorm and encoder.row.vit:
         raise InputError(f"--train-batchnorm: {encoder.spec['name']} has no BatchNorm")
-    image_size = encoder.check_size(args.image_size or stage1.get("image_size", (224, 448)))
-    args.lr = args.lr[encoder.row.family] if isinstance(args.lr, dict) else args.lr
+    image_size = encoder.check_size(args.image_size or stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE))
+    args.lr = models.of_family(args.lr, encoder)
     checkpoint = training.find_last(args)
 
     # ---- data ----

@@ -190,7 +190,9 @@ def find_last(args):
     except (InputError, KeyError, TypeError):
         raise InputError(f"{path}: not a checkpoint, or damaged; delete it or choose another --out") from None
     now = vars(args)
-    changed = sorted(k for k in now.keys() | before.keys() if k not in MAY_CHANGE and now.get(k) != before.get(k))
+    # A flag that was not given may be missing: the run may be from before there was such a flag
+    changed = sorted(k for k in now.keys() | before.keys()
+                     if k not in MAY_CHANGE and (now.get(k) or None) != (before.get(k) or None))
     if changed:
         raise InputError(f"--out {args.out} holds a run with other arguments ("
                          + ", ".join(f"--{k.replace('_', '-')} {before.get(k)}, now {now.get(k)}" for k in changed)

@@ -155,7 +155,8 @@ class ViT(nn.Module):
     def __init__(self, patch_size, dim, depth, heads, hidden=None, mlp="gelu", grid=(14, 14), antialias=False, registers=None,
                  layer_scale=False, mask_token=False, clip=False):
         super().__init__()
-        rotary, eps = grid is None, 1e-5 if grid is None or clip else 1e-6
+        rotary = grid is None
+        eps = 1e-5 if rotary or clip else 1e-6
         self.patch_size, self.grid, self.antialias, self.registers = patch_size, grid, antialias, registers
         if rotary:
             self.rope_embed = RotaryPositions(dim // heads)

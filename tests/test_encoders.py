@@ -6,6 +6,7 @@ import export
 import models
 import probe
 import stage2
+from conftest import ROOT
 from data import CLOUD, plane_sizes
 from models import ENCODERS, load_image_encoder
 from releases import Upstream, released_file, released_shapes, released_state, write_hub
@@ -43,7 +44,7 @@ def stage1_checkpoint(path, dim, size, encoder=NOT_SAID):
 
 def released_source(name, row, state, folder):
     """Arguments of load_image_encoder for the release as it is published: a torch.hub repository, or a file."""
-    if row.entry.startswith("https://"):
+    if row.entry is None:
         torch.save(released_file(name, state), folder / "released.pth")
         return {"weights": str(folder / "released.pth")}
     return {"hub": str(write_hub(folder / "clone", name, row.entry or name, state))}
@@ -77,6 +78,16 @@ def test_in_stage2_out(name, world, tmp_path, monkeypatch):
     images = torch.rand(2, 3, *size)
     outputs = [encoder(images) for encoder in (before, trained, again)]
     assert torch.equal(outputs[1], outputs[2]) and not torch.allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_positions_are_interpolated_as_the_release_does(name):
+    """test_vit.py has what the two ways are; here who has which."""
+    vit = ENCODERS[name].vit
+    if vit is None or name.startswith("dinov3"):
+        assert vit is None or vit["grid"] is None  # no embeddings to interpolate
+    else:
+        assert vit.get("antialias", False) == (name.endswith("_reg") or name == "clip_vitb16")
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -123,9 +134,14 @@ def test_stage2_on_released_scalr(world, tmp_path, monkeypatch, capsys, entry, p
     assert result["encoder"] == {"name": "dinov2_vits14", "feature": "prenorm", "image_size": (56, 112)}
     assert result["args"]["lr"] == 2e-5
     assert "add --encoder (ScaLR: dinov2_vitl14)" in error_of(world, tmp_path, capsys, "--stage1", tmp_path / "model.pth")
-    assert "features have 96 channels" in error_of(world, tmp_path, capsys, "--stage1", tmp_path / "model.pth", "--encoder", "vit_mini8",
-                                                   "--weights", "random")
-    assert "gives 384" in error_of(world, tmp_path, capsys, "--stage1", tmp_path / "model.pth", "--encoder", "vit_mini8", "--weights", "random")
+    error = error_of(world, tmp_path, capsys, "--stage1", tmp_path / "model.pth", "--encoder", "vit_mini8", "--weights", "random")
+    assert "features have 96 channels" in error and "gives 384" in error
+
+
+def test_a_checkpoint_brings_its_image_size_to_released_scalr(world, tmp_path):
+    torch.save({"model_point": to_released(WaffleIron(channels=16, depth=2, out_channels=96))}, tmp_path / "model.pth")
+    result = run_stage2(world, tmp_path / "s2", "--stage1", tmp_path / "model.pth", "--encoder", ROOT / "miniature" / "encoder.pth")
+    assert result["encoder"] == {"name": "vit_mini8", "feature": "norm", "image_size": (80, 160)}
 
 
 def test_another_feature_or_file_than_stage_1_s(world, tmp_path):
@@ -139,6 +155,9 @@ def test_another_feature_or_file_than_stage_1_s(world, tmp_path):
     assert (result["model"]["cls_token"] - moved["cls_token"]).abs().max() < 1e-6
     result = run_stage2(world, tmp_path / "keys", "--stage1", stage1, "--weights", tmp_path / "moved.pth", "--feature", "keys")
     assert result["encoder"]["feature"] == "keys"
+    result = run_stage2(world, tmp_path / "named", "--stage1", stage1, "--encoder", "vit_mini8", "--weights", tmp_path / "moved.pth")
+    assert result["encoder"]["feature"] == "prenorm"  # what the head gives, not what this encoder's default is
+    result = torch.load(tmp_path / "keys" / "last.pth", weights_only=True)
     assert torch.equal(result["model"]["blocks.3.mlp.fc1.weight"], moved["blocks.3.mlp.fc1.weight"])  # behind the keys: no gradient
     assert not torch.equal(result["model"]["blocks.3.attn.qkv.weight"], moved["blocks.3.attn.qkv.weight"])
 

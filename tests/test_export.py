@@ -73,7 +73,7 @@ def test_plain_weights_give_the_same_encoder_again(stage2, tmp_path, name, size)
     images = torch.rand(2, 3, *size)
     again = load_image_encoder(name, weights=str(tmp_path / "encoder.pth"), feature=encoder.spec["feature"]).eval()
     assert torch.equal(again(images), encoder(images))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.json", "encoder.pth", "s2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.pth", "encoder.pth.json", "s2"]
 
 
 def shapes(out):
@@ -83,7 +83,7 @@ def shapes(out):
 def test_clip_has_openai_s_names_and_shapes_and_the_json_says_what_it_is(stage2, tmp_path):
     _, folder = stage2("clip_vitb16", (32, 48), "prenorm")
     run(folder / "last.pth", tmp_path / "new" / "encoder.pth")
-    about = json.loads((tmp_path / "new" / "encoder.json").read_text())
+    about = json.loads((tmp_path / "new" / "encoder.pth.json").read_text())
     digest = hashlib.sha256((tmp_path / "new" / "encoder.pth").read_bytes()).hexdigest()
     assert about == {
         "encoder": "clip_vitb16", "source": "openai/CLIP", "license": "MIT", "format": "plain", "image_size": [32, 48],
@@ -132,7 +132,7 @@ def test_onnx_gives_the_same_features_for_any_batch(stage2, tmp_path, name, size
     encoder, folder = stage2(name, size, feature)
     run(folder, tmp_path / "encoder.onnx", "--format", "onnx")
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.json", "encoder.onnx", "s2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.onnx", "encoder.onnx.json", "s2"]
     graph = session(tmp_path / "encoder.onnx")
     (images,), (features,) = graph.get_inputs(), graph.get_outputs()
     assert (images.name, images.shape[1:]) == ("images", [3, *size]) and features.name == "features"
@@ -148,7 +148,7 @@ def test_onnx_for_one_batch_and_another_size(stage2, tmp_path):
     onnx = pytest.importorskip("onnx")
     encoder, folder = stage2("clip_vitb16", (32, 48))
     run(folder, tmp_path / "encoder.onnx", "--format", "onnx", "--batch", "2", "--image-size", "48", "64")
-    assert json.loads((tmp_path / "encoder.json").read_text())["image_size"] == [48, 64]
+    assert json.loads((tmp_path / "encoder.onnx.json").read_text())["image_size"] == [48, 64]
     graph = session(tmp_path / "encoder.onnx")
     x = torch.rand(2, 3, 48, 64)
     found = torch.from_numpy(graph.run(None, {"images": x.numpy()})[0])
@@ -163,7 +163,7 @@ def test_onnx_of_more_than_one_file_holds(stage2, tmp_path, monkeypatch):
     encoder, folder = stage2("vit_mini8", (16, 24), "keys")
     monkeypatch.setattr(export, "PROTOBUF_LIMIT", 0)
     run(folder, tmp_path / "encoder.onnx", "--format", "onnx")
-    assert set(json.loads((tmp_path / "encoder.json").read_text())["sha256"]) == {"encoder.onnx", "encoder.onnx.data"}
+    assert set(json.loads((tmp_path / "encoder.onnx.json").read_text())["sha256"]) == {"encoder.onnx", "encoder.onnx.data"}
     x = torch.rand(1, 3, 16, 24)
     found = torch.from_numpy(session(tmp_path / "encoder.onnx").run(None, {"images": x.numpy()})[0])
     assert (found - encoder(x)).abs().max() < 2e-5 * encoder(x).abs().max()

@@ -110,7 +110,7 @@ def test_a_release_s_file_is_downloaded_once(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     for _ in range(2):
         assert torch.equal(load_image_encoder(row.name).backbone.norm.weight, state["norm.weight"])
-    assert asked == [row.entry] and row.entry.endswith("Depth-Anything-V2-Small/resolve/main/depth_anything_v2_vits.pth")
+    assert asked == [row.url] and row.url.endswith("Depth-Anything-V2-Small/resolve/main/depth_anything_v2_vits.pth")
 
 
 def test_torch_hub_is_asked_for_the_release_s_entry(monkeypatch):
@@ -134,8 +134,31 @@ def test_what_cannot_be_reached_names_the_offline_way(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     with pytest.raises(InputError, match="cannot be loaded from facebookresearch/dinov2.*--weights FILE.*clone .*--hub DIR"):
         load_image_encoder("dinov2_vitl14_reg")
-    with pytest.raises(InputError, match="cannot be loaded from facebookresearch/moco.*--weights FILE"):
+    with pytest.raises(InputError, match="cannot be loaded from facebookresearch/moco.*--weights FILE from https://dl.fbai.*pth.tar$"):
         load_image_encoder("mocov2_resnet50")
+
+
+def test_a_training_checkpoint_of_dino_with_its_arguments(monkeypatch, tmp_path):
+    row = ENCODERS["dino_vits16"]
+    monkeypatch.setitem(ENCODERS, row.name, row._replace(vit=row.vit | {"depth": 2}))
+    state = released_state(row.name)
+    torch.save(released_file(row.name, state), tmp_path / "checkpoint.pth")  # with an argparse.Namespace
+    found = load_image_encoder(row.name, weights=str(tmp_path / "checkpoint.pth")).backbone.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())  # the teacher's
+
+
+def test_what_a_hub_or_an_installation_lacks_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "hubconf.py").write_text("def dinov2_vits14():\n    return None\n")
+    with pytest.raises(InputError, match="cannot be loaded from .*AttributeError"):
+        load_image_encoder("dinov2_vits14", hub=str(tmp_path))
+    with pytest.raises(InputError, match="no entry for torch.hub; download https.*and pass --weights FILE"):
+        load_image_encoder("ibot_vitl16", hub=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(InputError, match="pip install torchvision"):
+        load_image_encoder("dino_resnet50", weights="random")
+    torch.save({"norm.weight": torch.ones(2)}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="--encoder NAME --weights"):
+        load_image_encoder(str(tmp_path / "weights.pth"))
 
 
 @pytest.mark.parametrize("wrap", [
@@ -158,7 +181,7 @@ def test_after_unwrapping_the_load_is_strict(small, tmp_path):
     path = str(tmp_path / "weights.pth")
     torch.save({k: v for k, v in small.items() if not k.startswith("blocks.1.attn")} | {"extra": torch.ones(1)}, path)
     with pytest.raises(InputError, match="weights of another encoder than dinov2_vits14: missing blocks.1.attn.qkv.weight; "
-                                         "missing .*; missing .*; missing .*; unexpected extra$"):
+                                         "missing .*; missing .*; unexpected extra; missing .*proj.bias$"):
         load_image_encoder("dinov2_vits14", weights=path)
     torch.save(released_state("dino_vitb16"), path)
     with pytest.raises(InputError, match="weights of another .*and .* more$"):
@@ -175,7 +198,7 @@ def test_resnet50_map_is_the_last_stage_at_stride_32():
     encoder.backbone.layer4.register_forward_hook(lambda module, args, output: kept.append(output))
     encoder.backbone((images - encoder.mean) / encoder.std)  # torchvision's own forward
     assert torch.equal(encoder(images), kept[0]) and kept[0].shape == (1, 2048, 2, 3)
-    with pytest.raises(InputError, match="--feature keys: dino_resnet50 has layer4"):
+    with pytest.raises(InputError, match="--feature keys: dino_resnet50 has one feature, its last stage; leave it out"):
         load_image_encoder("dino_resnet50", weights="random", feature="keys")
     with pytest.raises(InputError, match="--image-size 80 160.*64 and 96"):
         encoder.check_size((80, 160))
@@ -222,6 +245,9 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 def test_image_sizes_that_the_patch_does_not_divide():
     encoder = load_image_encoder("vit_small14", weights="random")
     assert encoder.check_size([224, 448]) == (224, 448)
+    for size in ((0, 56), (-14, 56)):
+        with pytest.raises(InputError, match="the nearest that they do are 14"):
+            encoder.check_size(size)
     with pytest.raises(InputError, match="230.*224 and 238"):
         encoder.check_size((230, 448))
 

@@ -276,7 +276,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert "--finetune: not with --task seg3d" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg3d", first, out, "--finetune"))
     assert "for --task seg3d only" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", second, out, "--cameras", "scan"))
     resnet = probe_args(world, "seg", "dino_resnet50", out, "--weights", "random", "--image-size", "64", "128", "--finetune")
-    assert "none for fine-tuning a ResNet-50" in fails_with_one_line(capsys, probe.main, resnet)
+    assert "--lr: the paper has none here for a ResNet-50" in fails_with_one_line(capsys, probe.main, resnet)
     assert "no last.pth" in fails_with_one_line(capsys, evaluation.main, [str(tmp_path)])
     assert not out.exists()
 

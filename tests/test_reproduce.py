@@ -1,0 +1,112 @@
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import probe
+import stage1
+import stage2
+from experiments import reproduce
+from experiments.reproduce import CLAIMS, COMMANDS, TASKS, Claim, Number, World
+
+
+def test_verdicts_follow_the_rule():
+    assert reproduce.verdict([0.6], "mIoU") == "holds"
+    assert reproduce.verdict([0.4], "mIoU") == "within noise"
+    assert reproduce.verdict([-0.6], "mIoU") == "does not hold"
+    assert reproduce.verdict([-0.2], "RMSE") == "holds"  # lower is better
+    assert reproduce.verdict([0.2], "RMSE") == "does not hold"
+    # mean 2, standard error 2 / sqrt(3) = 1.15, twice of it is more than the mean
+    assert reproduce.verdict([0.0, 2.0, 4.0], "mIoU") == "within noise"
+    assert reproduce.verdict([1.0, 2.0, 3.0], "mIoU") == "holds"  # standard error 0.58
+
+
+def test_a_row_says_both_numbers_and_their_spread():
+    claim = Claim("x", "1", "a is better than b", Number("cd", "depth"), Number("base", "depth"), (7.64, 8.37))
+    assert reproduce.row(claim, [(8.0, 9.0), (8.2, 9.4)]) == (
+        "| `x` | 1 | a is better than b | RMSE | 7.64 / 8.37 | 8.10 ± 0.14 / 9.20 ± 0.28 | -1.10 ± 0.14 | holds |")
+    assert reproduce.row(claim, [(8.0, 9.0)]).endswith("| 8.00 / 9.00 | -1.00 | holds |")
+
+
+@pytest.fixture
+def dry(tmp_path, monkeypatch):
+    """A World whose commands are recorded, not run; evaluations give the number of evaluations so far."""
+    world, commands = World(tmp_path, 5), []
+
+    def run(arguments, cwd):
+        commands.append(arguments[1:])
+        here = Path(arguments[arguments.index("--out") + 1])
+        columns = {column: float(len(commands)) for column in ("full", "day-clear", "day-rain", "night")}
+        result = {"mIoU": columns, "RMSE": columns}
+        if arguments[1] == "eval.py":
+            Path(arguments[2]).mkdir(parents=True, exist_ok=True)
+            Path(arguments[2], "results.json").write_text(json.dumps(result))
+        if "experiments.corruptions" in arguments and "images" in arguments:
+            Path(f"{here}.json").write_text(json.dumps([{"results": dict.fromkeys(("clean", "fog", "gaussian_noise", "motion_blur"), result)}]))
+        return type("Done", (), {"returncode": 0})
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    return world, commands
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_alone_runs_what_it_needs_in_order(dry, name):
+    world, commands = dry
+    values = world.number(CLAIMS[name].better), world.number(CLAIMS[name].worse)
+    assert all(isinstance(value, float) for value in values)
+    made = set()
+    for command in commands:
+        text = " ".join(command)
+        out = command[command.index("--out") + 1]
+        for flag in ("--stage1", "--data"):
+            if flag in command:
+                assert command[command.index(flag) + 1] in made, text
+        if command[0] in ("stage1.py", "stage2.py", "probe.py"):  # the scripts know all flags
+            args = {"stage1.py": stage1, "stage2.py": stage2, "probe.py": probe}[command[0]].parse(command[1:])
+            assert args.seed == 5 and args.out == out
+            if command[0] == "probe.py" and args.encoder != reproduce.ENCODER:
+                assert args.encoder in made
+        made.add(out)
+    assert commands[0][0] == "miniature/world.py"
+    count = len(commands)
+    assert (world.number(CLAIMS[name].better), world.number(CLAIMS[name].worse)) == values and len(commands) == count  # nothing twice
+
+
+def test_a_finished_command_is_run_again_only_if_it_changed(dry):
+    world, commands = dry
+    world.make("x", "probe.py --out a")
+    again = World(world.folder.parent, 5)
+    again.make("x", "probe.py --out a")
+    assert len(commands) == 1
+    again.make("x", "probe.py --out a --steps 2")
+    assert len(commands) == 2
+
+
+def test_a_failed_command_stops_everything_and_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 2}))
+    world = World(tmp_path, 5)
+    with pytest.raises(SystemExit) as stop:
+        world.run("stage1")
+    assert stop.value.code == 2 and not world.done
+
+
+def test_every_run_and_task_of_a_claim_exists_and_every_run_has_a_claim():
+    numbers = [number for claim in CLAIMS.values() for side in (claim.better, claim.worse)
+               for number in (side if not isinstance(side, Number) else [side])]
+    assert {number.run for number in numbers} | {"base"} | {"world"} | {"no-stage1-3d"} >= {"base", *COMMANDS} - {"stage1"}
+    assert {number.task for number in numbers} == set(TASKS)
+    assert all(claim.metric == ("RMSE" if "depth" in claim.name else "mIoU") for claim in CLAIMS.values())
+
+
+def test_a_table_of_one_claim(dry, tmp_path, monkeypatch, capsys):
+    reproduce.main(["--claim", "night", "--seeds", "5", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "table.md")])
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("\n| `") == 1 and "| `night` | 1 |" in text and reproduce.RULE in text
+    assert text.strip() in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reproduce.main(["--claim", "nihgt"])
+
+
+def test_commands_are_shell_lines():
+    for command in COMMANDS.values():
+        assert shlex.split(command)
