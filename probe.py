@@ -8,7 +8,7 @@ Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplem
     python probe.py --data /data/nuscenes --encoder runs/s2 --task seg --finetune --percent 1             # Table 1, 1% FT
 
 OUT is runs/probe-ENCODER-TASK (-finetune, -1 for 1 %) unless given. Writes OUT/last.pth and OUT/log.jsonl and resumes from there; with
---finetune also OUT/best.pth, the epoch of the lowest loss on the validation split. `python eval.py OUT ...` evaluates and prints the table.
+--finetune also OUT/best.pth, of the lowest loss on the validation split, which is computed ten times a run. `python eval.py OUT ...` evaluates and prints the table.
 """
 import argparse
 import os
@@ -56,6 +56,7 @@ def parse(argv=None):
     add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
     add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
     add("--lr", type=float, help=f"peak learning rate (default: {by_task('lr')}; with --finetune: {by_task('finetune_lr')})")
+    add("--head-lr", type=float, help="with --finetune: peak learning rate of the head (default: --lr, the only one that the paper gives)")
     add("--end-lr", type=float, help=f"learning rate at the end of the cosine (default: {by_task('end_lr')})")
     add("--warmup", type=float, help=f"epochs from 0 to --lr (default: {by_task('warmup')})")
     add("--weight-decay", type=float, help=f"of AdamW (default: {by_task('weight_decay')})")
@@ -158,6 +159,8 @@ def main(argv=None):
     args = parse(argv)
     if args.finetune and (args.cache or args.task == "seg3d"):
         raise InputError(f"--finetune: not with {'--cache' if args.cache else '--task seg3d'}; it trains an image encoder")
+    if args.head_lr and not args.finetune:
+        raise InputError("--head-lr: for --finetune; without it --lr is the head's")
     if args.cameras == "scan" and args.task != "seg3d":
         raise InputError("--cameras scan: for --task seg3d only, a scan has no image")
     if args.head == "whitened" and not args.cache:
@@ -194,7 +197,8 @@ def main(argv=None):
     frames = Frames(index, rows, args.cameras, image_size, cloud, training=not args.cache,
                     augment=cloud is not None and not args.cache, **options)
     held_out = Frames(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
-    mine = [[(0, number)] for number in range(training.rank(), len(held_out), training.world())]
+    mine = range(training.rank(), len(held_out), training.world())
+    mine = [[(0, number) for number in mine[start:start + 16]] for start in range(0, len(mine), 16)]
 
     def features(batch):
         """Features [N, D] at the points."""
@@ -215,7 +219,10 @@ def main(argv=None):
         head[0].fit(torch.cat([item["features"][::4] for item in frames.items]).float().to(device))
     trained = Finetuned(encoder, head, features) if args.finetune else head
     model = training.distribute(trained, device, find_unused_parameters=args.finetune)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    groups = [{"params": head.parameters(), "factor": (args.head_lr or args.lr) / args.lr}]
+    if args.finetune:
+        groups.append({"params": encoder.parameters(), "factor": 1.0})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
     warmup = min(round(args.warmup * batches.per_epoch), total // 10)
 
     # ---- resume ----
@@ -227,12 +234,13 @@ def main(argv=None):
 
     # ---- loop ----
     best = checkpoint["best"] if checkpoint else float("inf")
+    validate_every = max(1, total // batches.per_epoch // 10)  # epochs: ten times a run, however short an epoch is
     log = training.Log(args.out, device, trained)
     bar = tqdm(loader, f"probe {args.task}", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         batch = training.to_device(batch, device)
         if args.finetune:
             outputs = model(batch)
@@ -249,7 +257,7 @@ def main(argv=None):
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
         epoch_ends, values = done % batches.per_epoch == 0 or done == total, {}
-        if epoch_ends and args.finetune:
+        if args.finetune and (done % (batches.per_epoch * validate_every) == 0 or done == total):
             head.eval()
             values["validation_loss"] = validation_loss(args.task, trained, training.load(held_out, mine, collate, args.workers, device),
                                                         device)

@@ -127,6 +127,14 @@ def test_finetuning_and_its_evaluation(world, second, tmp_path, task):
     assert torch.equal(head[1].weight, last["model"]["1.weight"])
 
 
+def test_the_head_may_have_a_learning_rate_of_its_own(world, second, tmp_path):
+    """Adam's steps are about as long as the learning rate, whatever the gradient; through a head of zeros the first has none."""
+    probe.main(probe_args(world, "depth", second, tmp_path / "p", "--finetune", "--lr", "1e-4", "--head-lr", "1e-2", "--steps", "2"))
+    last = torch.load(tmp_path / "p" / "last.pth", weights_only=True)
+    assert 1e-2 < last["model"]["1.bias"].abs().item() < 2e-2
+    assert 2e-5 < largest_difference(last["backbone"], load_image_encoder(str(second)).backbone.state_dict()) < 1e-4
+
+
 def test_one_percent_of_the_labels(world, second, tmp_path, capsys):
     probe.main(probe_args(world, "seg", second, tmp_path / "p", "--percent", "1", "--steps", "1", "--batch", "1"))
     assert re.search(r"1 % of the training scenes: scene-\d{4}\n", capsys.readouterr().out)  # one of eight
@@ -273,6 +281,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert "--steps 0" in fails_with_one_line(capsys, stage1.main, stage1_args(world, out, "--steps", "0"))
     finetune = probe_args(world, "seg", second, out, "--finetune")
     assert "--finetune: not with --cache" in fails_with_one_line(capsys, probe.main, [*finetune, "--cache"])
+    assert "--head-lr: for --finetune" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", second, out, "--head-lr", "1"))
     assert "--finetune: not with --task seg3d" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg3d", first, out, "--finetune"))
     assert "for --task seg3d only" in fails_with_one_line(capsys, probe.main, probe_args(world, "seg", second, out, "--cameras", "scan"))
     resnet = probe_args(world, "seg", "dino_resnet50", out, "--weights", "random", "--image-size", "64", "128", "--finetune")
