@@ -233,14 +233,14 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    best = checkpoint["best"] if checkpoint else float("inf")
+    best = checkpoint.get("best", float("inf")) if checkpoint else float("inf")
     validate_every = max(1, total // batches.per_epoch // 10)  # epochs: ten times a run, however short an epoch is
     log = training.Log(args.out, device, trained)
     bar = tqdm(loader, f"probe {args.task}", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
+            group["lr"] = lr * group.get("factor", 1.0)
         batch = training.to_device(batch, device)
         if args.finetune:
             outputs = model(batch)

@@ -147,6 +147,7 @@ def test_joint_training_has_stage2_s_data_and_each_side_s_own_rate(world, tmp_pa
     assert (args["epochs"], args["cameras"]) == (theirs.epochs, theirs.cameras)
 
 
+@pytest.mark.slow
 def test_the_rates_follow_the_stages_schedules(world, head1, tmp_path, monkeypatch):
     """Learning rates of all steps, as stage1.py and stage2.py have them for the same flags."""
     def rates(main, argv):
@@ -260,6 +261,7 @@ def spread(features):
     return 1 - nn.functional.normalize(features, dim=1).mean(0).norm().item()
 
 
+@pytest.mark.slow
 def test_joint_l2_collapses_and_stage1_does_not(world, tmp_path):
     """Forty steps each: without a stop-gradient the loss falls further, and the features of all points become one."""
     more = ["--steps", "40", "--conditions", *CONDITIONS, "--cameras", "all"]
@@ -283,6 +285,7 @@ def test_joint_l2_collapses_and_stage1_does_not(world, tmp_path):
 KINDS = {"no-stage1": [], "2d-head": [], "2d-head after stage 1": [], "joint": ["--loss", "contrastive", "--pairs", "8"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_ablation_goes_on_as_if_it_had_not(world, head1, tmp_path, kind, monkeypatch):
     def start(out):

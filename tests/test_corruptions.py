@@ -229,6 +229,7 @@ def first(world, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_probes_on_corrupted_images(world, probes, tmp_path, capsys):
     names = [str(probes / task) for task in ("seg", "depth", "depth")]
     corruptions.main(["images", *names, "--severity", "5", "--out", str(tmp_path / "table"), "--workers", "0", "--device", "cpu"])
@@ -256,6 +257,7 @@ def test_loading_processes_draw_the_same(world, probes, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_stage2_on_corrupted_clouds(world, first, tmp_path, capsys):
     def run(out, *more):
         corruptions.main(["lidar", *more, "--", *stage2_args(world, first, out, "--steps", "2")])

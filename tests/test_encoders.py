@@ -162,6 +162,7 @@ def test_another_feature_or_file_than_stage_1_s(world, tmp_path):
     assert not torch.equal(result["model"]["blocks.3.attn.qkv.weight"], moved["blocks.3.attn.qkv.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, moves", [([], False), (["--train-batchnorm"], True)])
 def test_batchnorm_statistics_of_a_resnet50(world, tmp_path, capsys, flags, moves):
     stage1 = stage1_checkpoint(tmp_path / "s1.pth", 2048, (64, 128))

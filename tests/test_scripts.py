@@ -168,6 +168,7 @@ def test_cached_features_give_the_same_probe(world, second, tmp_path):
     assert 0 < largest_difference(plain, cached) < 1e-3  # half precision
 
 
+@pytest.mark.slow
 def test_bf16_is_near_fp32(world, first, second, tmp_path):
     """The same run in both precisions, from training to the table (where the head stays in fp32)."""
     found = {}

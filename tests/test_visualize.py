@@ -297,6 +297,7 @@ def arguments(figure, world, first, probes):
             "prototypes": [*encoder, "--classes", "driveable_surface", "manmade", "--training-scans", "2"]}[figure]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure", ["pca", "tsne", "segmentation", "depth", "correlation", "prototypes"])
 def test_a_command_writes_a_png_of_a_page_s_width_and_the_same_again(world, first, probes, tmp_path, figure, monkeypatch, capsys):
     monkeypatch.setattr(visualize, "IMAGE_SIZE", SIZE)  # the default for encoders by name would take seconds, and so would 300
