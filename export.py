@@ -4,8 +4,9 @@
     python export.py runs/s2 --out encoder_hf --format transformers    # for from_pretrained("encoder_hf")
     python export.py runs/s2 --out encoder.onnx --format onnx          # images [B, 3, H, W] in [0, 1] to features [B, D, h, w]
 
-With the weights comes a JSON (encoder.pth.json; in a folder encoder.json): what they are, under which license, how they were trained, their SHA-256, and the mean
-and standard deviation by which images are normalised before them (the ONNX graph does so itself).
+With the weights comes a JSON (encoder.pth.json; in a folder encoder.json): what they are, under which license, how they were
+trained, their SHA-256, and the mean and standard deviation by which images are normalised before them (the ONNX graph does so
+itself).
 """
 import argparse
 import hashlib

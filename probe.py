@@ -8,7 +8,8 @@ Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplem
     python probe.py --data /data/nuscenes --encoder runs/s2 --task seg --finetune --percent 1             # Table 1, 1% FT
 
 OUT is runs/probe-ENCODER-TASK (-finetune, -1 for 1 %) unless given. Writes OUT/last.pth and OUT/log.jsonl and resumes from there; with
---finetune also OUT/best.pth, of the lowest loss on the validation split, which is computed ten times a run. `python eval.py OUT ...` evaluates and prints the table.
+--finetune also OUT/best.pth, of the lowest loss on the validation split, which is computed ten times a run.
+`python eval.py OUT ...` evaluates and prints the table.
 """
 import argparse
 import os

@@ -203,7 +203,8 @@ def no_stage1(argv):
 
 def head_2d(argv):
     """Table J (1): stage 1 with a 2D head, or with --stage1 the stage 2 after it."""
-    parser = argparse.ArgumentParser(description="Table J: a linear 2D head in place of the 3D head. All other flags are stage1.py's (see its -h) or, "
+    parser = argparse.ArgumentParser(description="Table J: a linear 2D head in place of the 3D head. "
+                                                 "All other flags are stage1.py's (see its -h) or, "
                                      "with --stage1, stage2.py's without --encoder, --feature and --image-size.", allow_abbrev=False)
     parser.add_argument("--stage1", help="folder of this ablation's stage 1: do its stage 2 (default: do stage 1)")
     parser.add_argument("--train-head", action="store_true", help="train the head in stage 1 too (default: it stays random there)")

@@ -233,8 +233,8 @@ def main(argv=None):
     chosen = "" if args.claim == list(CLAIMS) else f" --claim {' '.join(args.claim)}"
     minutes = sum(world.done[name]["seconds"] for world in worlds for name in world.used) / 60
     text = "\n".join(["# The paper's claims in miniature", "",
-                      f"`python -m experiments.reproduce --seeds {seeds}{chosen}`: mean{' ± standard deviation' * (len(worlds) > 1)} over the worlds and "
-                      f"trainings of seed{'s' * (len(worlds) > 1)} {seeds}, in {minutes:.0f} minutes. Each pair is",
+                      f"`python -m experiments.reproduce --seeds {seeds}{chosen}`: "
+                      f"mean{' ± standard deviation' * (len(worlds) > 1)} over the worlds and trainings of seed{'s' * (len(worlds) > 1)} {seeds}, in {minutes:.0f} minutes. Each pair is",
                       "*claimed to be better / claimed to be worse*; the paper's numbers are its own, on nuScenes with DINOv2 ViT-S/14.", "",
                       *lines, "", RULE, ""])
     print(f"\n{text}")
