@@ -19,8 +19,9 @@ from checkpoints import load_checkpoint
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors
-from index import CLASSES, CONDITIONS, load_index
+from index import CONDITIONS, load_index
 from models import linear_head, load_image_encoder
+from nuimages_data import LabelledImages, load_nuimages
 from waffleiron import BatchNorm, load_waffleiron
 
 NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
@@ -75,30 +76,31 @@ def load_probe(path, device):
         encoder.backbone.load_state_dict(probe["backbone"])
     else:
         encoder, stage1 = load_image_encoder(**probe["encoder"]), None
-    head = linear_head(probe["head"], probe["dim"], 1 if probe["task"] == "depth" else len(CLASSES) - 1, BatchNorm)
+    head = linear_head(probe["head"], probe["dim"], len(probe["classes"]) or 1, BatchNorm)
     head.load_state_dict(probe["model"])
     return probe, encoder.to(device).eval(), head.to(device).eval(), None if stage1 is None else stage1.get("cloud", CLOUD)
 
 
 @torch.no_grad()
-def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=Frames):
-    """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}.
+def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=None):
+    """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}; nuImages has only "full".
 
     IoU in percent, RMSE in metres, on the validation split. The frames are dealt out over the processes and the counts summed.
-    dataset: Frames, or a subclass that changes what a sensor gives. A 3D probe of whole scans is judged on every point,
+    dataset: a subclass of Frames that changes what a sensor gives, or None. A 3D probe of whole scans is judged on every point,
     each with the prediction of the nearest one that WaffleIron got.
     """
     probe, encoder, head, cloud = load_probe(path, device)
     task, args, image_size = probe["task"], probe["args"], probe["image_size"]
+    load, dataset = (load_nuimages, LabelledImages) if task == "nuimages" else (load_index, dataset or Frames)
     with training.first_process_first():
-        index = load_index(data or probe["data"], args["version"])
+        index = load(data or probe["data"], args["version"])
     frames = dataset(index, index.select("val"), args["cameras"], image_size and tuple(image_size), cloud,
                      labels=task != "depth", max_depth=DEPTHS[1] if task == "depth" else None,
                      every_point=args["cameras"] == "scan")
     mine = range(training.rank(), len(frames), training.world())
     order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
 
-    classes = len(CLASSES) - 1
+    names, classes = probe["classes"], len(probe["classes"])
     confusion = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long, device=device)
     sums = torch.zeros(len(frames), 3, dtype=torch.double, device=device)  # squared error, points, condition
     for numbers, batch in zip(order, tqdm(training.load(frames, order, collate, workers, device), f"evaluate {path}",
@@ -122,16 +124,18 @@ def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=Frames):
     training.sum_over_processes(sums if task == "depth" else confusion)
     result = {"run": str(path), "task": task, "encoder": args["encoder"], "step": probe["step"], "data": index.root,
               "images": len(frames)}
-    here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
+    here = []  # the conditions; nuImages' tables say nothing of them
+    if task != "nuimages":
+        here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
     if task == "depth":
         pairs = {"full": rmse(sums[:, :2])} | {CONDITIONS[n]: rmse(sums[sums[:, 2] == n, :2]) for n in here}
         return result | {"RMSE": {name: pair[0] for name, pair in pairs.items()},
                          "RMSE_points": {name: pair[1] for name, pair in pairs.items()}}
-    night = [CLASSES.index(name) - 1 for name in NOT_AT_NIGHT]
     parts = {"full": confusion.sum(0)} | {CONDITIONS[n]: confusion[n] for n in here}
+    night = [names.index(name) for name in NOT_AT_NIGHT]
     return result | {
         "mIoU": {name: 100 * mean_iou(part, night if name == "night" else ()) for name, part in parts.items()},
-        "IoU": {name: {c: round(100 * v, 2) for c, v in zip(CLASSES[1:], class_iou(part).tolist()) if v == v}
+        "IoU": {name: {c: round(100 * v, 2) for c, v in zip(names, class_iou(part).tolist()) if v == v}
                 for name, part in parts.items()}}
 
 
@@ -140,7 +144,7 @@ def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=Frames):
 def table(results):
     """Markdown: a row per probe; in brackets the difference to the first row of the same task."""
     lines = []
-    for tasks, metric, unit, digits in ((("seg", "seg3d"), "mIoU", "%", 1), (("depth",), "RMSE", "m", 2)):
+    for tasks, metric, unit, digits in ((("seg", "nuimages", "seg3d"), "mIoU", "%", 1), (("depth",), "RMSE", "m", 2)):
         rows = [r for r in results if r["task"] in tasks]
         if not rows:
             continue
@@ -152,7 +156,7 @@ def table(results):
             cells = []
             for column in COLUMNS:
                 value, base = row[metric].get(column), first[metric].get(column)
-                cell = "not run" if value is None else f"{value:.{digits}f}"
+                cell = ("–" if row["task"] == "nuimages" else "not run") if value is None else f"{value:.{digits}f}"
                 if row is not first and value is not None and base is not None:
                     cell += f" ({value - base:+.{digits}f})"
                 cells.append(cell)

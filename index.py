@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from errors import InputError, one_line_errors
 
-FORMAT = 2  # of the cache: count up when what is stored changes
+FORMAT = 3  # of the cache: count up when what is stored changes
 CONDITIONS = ("day-clear", "day-rain", "night")
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
@@ -86,24 +87,37 @@ def load_index(root, version="v1.0-trainval", here=False):
         raise InputError(f"--data {root}: " + (
             f"no --version {version}; there is {', '.join(there)}" if there else
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
-    state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(tables.glob("*.json"))]
-    key = hashlib.sha256(repr((FORMAT, str(root), version, state)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "collaborative-distillation", f"{key}.npz")
-    if not cache.is_file() and here:
-        fields = _read_tables(str(root), version)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}.npz")
-        np.savez_compressed(partial, **fields)
-        partial.replace(cache)
-    elif not cache.is_file():
-        done = subprocess.run([sys.executable, __file__, "--data", str(root), "--version", version], capture_output=True,
-                              text=True)
+    fields = cached(root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
+    return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
+
+
+def cached(root, tables, script, arguments, here, build):
+    """What `build` reads from the JSON `tables` (folders) of a dataset: {name: array}, from the cache while no table changes.
+
+    The arrays are mapped from the cache's files, so all processes of a machine share their memory. Where they are not there
+    yet, `build` runs if `here`, else `script --data ROOT *arguments` does as a process of its own. Raises InputError as they do.
+    """
+    state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for folder in tables for p in sorted(folder.glob("*.json"))]
+    key = hashlib.sha256(repr((FORMAT, Path(script).name, arguments, state)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "collaborative-distillation", key)
+    if not cache.is_dir() and here:
+        partial = cache.with_suffix(f".{os.getpid()}")
+        fields = build()
+        partial.mkdir(parents=True)
+        for name, values in fields.items():
+            np.save(partial / f"{name}.npy", values, allow_pickle=False)
+        try:
+            partial.rename(cache)
+        except OSError:
+            if not cache.is_dir():  # else another process was first
+                raise
+            shutil.rmtree(partial)
+    elif not cache.is_dir():
+        done = subprocess.run([sys.executable, script, "--data", str(root), *arguments], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["killed, perhaps for memory"])[-1]
             raise InputError(reason.partition("error: ")[2] or f"--data {root}: reading the tables failed: {reason}")
-    with np.load(cache, allow_pickle=False) as stored:
-        fields = {name: stored[name] for name in stored.files}
-    return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
+    return {file.stem: np.load(file, mmap_mode="c", allow_pickle=False) for file in cache.glob("*.npy")}
 
 
 def _read_tables(root, version):
@@ -155,23 +169,30 @@ def _read_tables(root, version):
     if labels:
         for fine, index in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
             coarse[fine] = index
-    _check_files(root, frames)
+    check_files(root, frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views])
+    _check_scans(root, frames["lidar"], frames["lidarseg"])
     strings = {"scene", "split", "lidar", "lidarseg", "image"}
     fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
     return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
 
 
-def _check_files(root, frames):
-    """Raise InputError for the first file that the tables name and that is missing or cut short."""
-    def size(path):
-        return os.path.getsize(file) if os.path.isfile(file := os.path.join(root, path)) else 0
-    paths = frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views]
-    if bad := [path for path in paths if size(path) == 0]:
+def check_files(root, paths):
+    """Raise InputError for the first of these files, relative to `root`, that is missing or empty."""
+    if bad := [path for path in paths if _size(root, path) == 0]:
         raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing or empty, "
                          f"the first is {bad[0]}; extract all archives of this version into this folder")
-    for scan, labels in zip(frames["lidar"], frames["lidarseg"]):
-        if size(scan) % 20 or (labels and size(labels) * 20 != size(scan)):
-            raise InputError(f"--data {root}: {scan} has {size(scan)} bytes, not 20 a point"
+
+
+def _size(root, path):
+    return os.path.getsize(file) if os.path.isfile(file := os.path.join(root, path)) else 0
+
+
+def _check_scans(root, scans, lidarseg):
+    """Raise InputError for the first scan that is cut short, or has not one label a point."""
+    for scan, labels in zip(scans, lidarseg):
+        size = _size(root, scan)
+        if size % 20 or (labels and _size(root, labels) * 20 != size):
+            raise InputError(f"--data {root}: {scan} has {size} bytes, not 20 a point"
                              + (f" with one label each in {labels}" if labels else "") + "; extract it again")
 
 

@@ -1,4 +1,5 @@
-"""Linear probes and fine-tuning of an encoder: segmentation and depth at the pixels of projected points, segmentation in 3D.
+"""Linear probes and fine-tuning of an encoder: segmentation and depth at the pixels of projected points, segmentation in 3D,
+segmentation of nuImages.
 
 Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplement B.3. The bare command is the paper's run:
 
@@ -6,6 +7,7 @@ Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplem
     python probe.py --data /data/nuscenes --encoder dinov2_vits14 --task depth --out runs/probe-depth     # without stage 2
     python probe.py --data /data/nuscenes --encoder runs/s1 --task seg3d --out runs/probe-3d              # stage 1's WaffleIron
     python probe.py --data /data/nuscenes --encoder runs/s2 --task seg --finetune --percent 1             # Table 1, 1% FT
+    python probe.py --data /data/nuimages --encoder runs/s2 --task nuimages                               # nuImages, all pixels
 
 OUT is runs/probe-ENCODER-TASK (-finetune, -1 for 1 %) unless given. Writes OUT/last.pth and OUT/log.jsonl and resumes from there; with
 --finetune also OUT/best.pth, of the lowest loss on the validation split, which is computed ten times a run.
@@ -26,6 +28,8 @@ from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors
 from index import CLASSES, load_index
+from nuimages_data import CLASSES as NUIMAGES
+from nuimages_data import LabelledImages, load_nuimages
 from waffleiron import BatchNorm, load_waffleiron
 
 
@@ -35,6 +39,8 @@ PAPER = {
                 warmup=0, weight_decay=1e-4, head="linear"),
     "depth": dict(cameras="CAM_FRONT", epochs=10, batch=16, lr={"ViT": 1e-2, "ResNet-50": 1e-1}, finetune_lr={"ViT": 2e-5},
                   end_lr=0.0, warmup=0, weight_decay=1e-4, head="linear"),
+    "nuimages": dict(cameras="all", epochs=10, batch=24, lr={"ViT": 5e-3, "ResNet-50": 1e-2}, finetune_lr={"ViT": 2e-5}, end_lr=0.0,
+                     warmup=0, weight_decay=1e-4, head="linear"),
     "seg3d": dict(cameras="scan", epochs=20, batch=8, lr=1e-3, finetune_lr=None, end_lr=1e-5, warmup=2, weight_decay=3e-3,
                   head="batchnorm"),
 }
@@ -44,7 +50,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_arguments(parser, out_required=False)
     add = parser.add_argument
-    add("--task", choices=PAPER, required=True, help="seg: 16 classes; depth: metres; seg3d: 16 classes on WaffleIron's features")
+    add("--task", choices=PAPER, required=True, help="seg: 16 classes; depth: metres; nuimages: 11 classes, --data is "
+        "its root; seg3d: 16 classes on WaffleIron's features")
     models.add_arguments(parser, required=True, help="an encoder's name or stage 2's folder; for seg3d stage 1's folder, or released weights")
 
     def by_task(name):
@@ -52,7 +59,8 @@ def parse(argv=None):
         return "; ".join(f"{task} " + (", ".join(f"{family} {v}" for family, v in value.items()) if isinstance(value, dict) else str(value))
                          for task, value in values.items())
     add("--finetune", action="store_true", help="train the image encoder too (Tables 1 and 2), not only the head")
-    add("--percent", type=int, choices=(1, 10), help="of the training scenes: every 100th or 10th, as SLidR and ScaLR (default: all)")
+    add("--percent", type=int, choices=(1, 10), help="of the training scenes: every 100th or 10th, as SLidR and ScaLR; of nuImages' "
+        "images (default: all)")
     add("--cameras", help=f"all, a channel, or scan: the whole scan, for seg3d (default: {by_task('cameras')})")
     add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
     add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
@@ -186,18 +194,20 @@ def main(argv=None):
             image_size = encoder.check_size(image_size)
             args.lr = models.of_family(args.lr, encoder)
     checkpoint = training.find_last(args)
+    load, dataset, classes = (load_nuimages, LabelledImages, NUIMAGES) if args.task == "nuimages" else (load_index, Frames, CLASSES)
     with training.first_process_first():
-        index = load_index(args.data, args.version)
+        index = load(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     encoder = encoder.to(device).eval().requires_grad_(args.finetune)  # in eval() also where it is trained, as in stage 2
     rows = index.select("train", limit=args.limit, percent=args.percent or 100)
     if args.percent and training.rank() == 0:
-        print(f"{args.percent} % of the training scenes: {', '.join(np.unique(index.scene[rows]).astype(str))}", flush=True)
+        which = ", ".join(np.unique(index.scene[rows]).astype(str)) if load is load_index else f"{len(rows)} images, by file name"
+        print(f"{args.percent} % of the training {'scenes' if load is load_index else 'set'}: {which}", flush=True)
     options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
-    frames = Frames(index, rows, args.cameras, image_size, cloud, training=not args.cache,
+    frames = dataset(index, rows, args.cameras, image_size, cloud, training=not args.cache,
                     augment=cloud is not None and not args.cache, **options)
-    held_out = Frames(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
+    held_out = dataset(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
     mine = range(training.rank(), len(held_out), training.world())
     mine = [[(0, number) for number in mine[start:start + 16]] for start in range(0, len(mine), 16)]
 
@@ -214,8 +224,8 @@ def main(argv=None):
     loader = training.load(frames, batches, collate, args.workers, device)
 
     # ---- head ----
-    outputs = 1 if args.task == "depth" else len(CLASSES) - 1
-    head = models.linear_head(args.head, dim, outputs, BatchNorm).to(device)
+    classes = classes[1:] if args.task != "depth" else ()  # without ignore
+    head = models.linear_head(args.head, dim, len(classes) or 1, BatchNorm).to(device)
     if args.head == "whitened" and checkpoint is None:
         head[0].fit(torch.cat([item["features"][::4] for item in frames.items]).float().to(device))
     trained = Finetuned(encoder, head, features) if args.finetune else head
@@ -271,7 +281,7 @@ def main(argv=None):
             best = values["validation_loss"] if is_best else best
             for name in ["best.pth"] * is_best + ["last.pth"]:
                 training.save(os.path.join(args.out, name), {
-                    "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim,
+                    "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim, "classes": classes,
                     "backbone": encoder.backbone.state_dict() if args.finetune else None, "best": best,
                     "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
                     "data": os.path.abspath(args.data), "optimizer": optimizer.state_dict(), "step": done, "total": total,

@@ -151,8 +151,8 @@ def evaluate_images(args):
     """Evaluate the probes clean and under args.corruptions; print and write the table."""
     device = training.start(args)
     tasks = [load_checkpoint(path, "probe")["task"] for path in args.probes]
-    if "seg3d" in tasks:
-        raise InputError(f"{args.probes[tasks.index('seg3d')]}: a 3D probe sees no image")
+    if wrong := [f"{path} of --task {task}" for path, task in zip(args.probes, tasks) if task not in ("seg", "depth")]:
+        raise InputError(f"images is for probes of --task seg or depth, not {', '.join(wrong)}")
     rows = []
     for path, task in zip(args.probes, tasks):
         results = {"clean": evaluation.evaluate(path, device, args.data, args.workers)}

@@ -33,6 +33,7 @@ CORRUPTED = "--severity 3"  # of Table 6's images
 # run: command. {name} is the folder of another run, which is made first; {here} this run's own.
 COMMANDS = {
     "world": "miniature/world.py --out {here} --seed {seed}",
+    "images": "miniature/world.py --dataset nuimages --out {here} --seed {images_seed}",
     "stage1": f"stage1.py {{common}} --encoder {ENCODER} --out {{here}} {STAGE1}",
     "cd": f"stage2.py {{common}} --stage1 {{stage1}} --out {{here}} {STAGE2}",
     "stage1-all": f"-m experiments.ablations stage1-all-conditions {{common}} --encoder {ENCODER} --out {{here}} {STAGE1}",
@@ -50,7 +51,9 @@ COMMANDS = {
 # task: arguments of probe.py, for any encoder
 TASKS = {
     **{task: f"--task {task} {flags}" for task, flags in PROBES.items()},
+    "nuimages": f"--task nuimages {PROBES['seg']}",
     "seg-1%": "--task seg --finetune --percent 1 --head batchnorm --batch 4 --lr 3e-4 --epochs 60",
+    "nuimages-1%": "--task nuimages --finetune --percent 1 --head batchnorm --batch 4 --lr 3e-4 --epochs 60",
     "depth-finetuned": "--task depth --finetune --head batchnorm --batch 16 --lr 1e-3 --head-lr 1e-1 --epochs 4",
 }
 
@@ -86,8 +89,8 @@ class Claim(NamedTuple):
 
 def cd_helps(name, table, task, column, paper, corruption="clean"):
     """A claim that an encoder is better after collaborative distillation than before."""
-    what = {"seg": "linear probe, segmentation", "depth": "linear probe, depth", "seg-1%": "fine-tuned on 1 % of the labels, segmentation",
-            "depth-finetuned": "fine-tuned, depth"}[task]
+    what = {"seg": "linear probe, segmentation", "seg-1%": "fine-tuned on 1 % of the labels, segmentation", "nuimages": "linear probe, nuImages",
+            "nuimages-1%": "fine-tuned on 1 % of nuImages", "depth": "linear probe, depth", "depth-finetuned": "fine-tuned, depth"}[task]
     where = f"under {corruption.replace('_', ' ')}" if corruption != "clean" else column
     return Claim(name, table, f"CD is better than the encoder as it was: {what}, {where}", Number("cd", task, column, corruption),
                  Number("base", task, column, corruption), paper)
@@ -103,6 +106,8 @@ CLAIMS = {claim.name: claim for claim in (
           (Number("cd", "seg", "day-clear"), Number("base", "seg", "day-clear")), (5.7, 2.2)),
     cd_helps("one-percent", "1", "seg-1%", "full", (35.7, 35.2)),
     cd_helps("one-percent-night", "1", "seg-1%", "night", (23.9, 22.4)),
+    cd_helps("nuimages", "1", "nuimages", "full", (71.7, 70.9)),
+    cd_helps("nuimages-one-percent", "1", "nuimages-1%", "full", (64.0, 63.2)),
     cd_helps("depth-full", "2", "depth", "full", (7.64, 8.37)),
     cd_helps("depth-clear", "2", "depth", "day-clear", (7.47, 8.14)),
     cd_helps("depth-rain", "2", "depth", "day-rain", (7.66, 8.79)),
@@ -164,15 +169,20 @@ class World:
             return ENCODER
         command = COMMANDS[name]
         needed = {other: self.run(other) for other in COMMANDS if f"{{{other}}}" in command}
-        common = "" if name == "world" else f"--data {self.run('world')} --seed {self.seed} --workers 0"
-        return self.make(name, command.format(here=self.folder / name, seed=self.seed, common=common, **needed))
+        common = "" if name in ("world", "images") else self.common("world")
+        return self.make(name, command.format(here=self.folder / name, seed=self.seed, images_seed=self.seed + 100, common=common,
+                                              **needed))
+
+    def common(self, data):
+        """Arguments of every training on a dataset, which is made first."""
+        return f"--data {self.run(data)} --seed {self.seed} --workers 0"
 
     def number(self, number):
         """The value of a Number, or the difference of two; what it needs is run first."""
         if not isinstance(number, Number):
             return self.number(number[0]) - self.number(number[1])
         name = f"{number.task.replace('%', '')}-{number.run}"
-        encoder, common = self.run(number.run), f"--data {self.run('world')} --seed {self.seed} --workers 0"
+        encoder, common = self.run(number.run), self.common("images" if number.task.startswith("nuimages") else "world")
         probe = self.make(name, f"probe.py {common} --encoder {encoder} --out {self.folder / name} {TASKS[number.task]}")
         if number.corruption == "clean":
             self.make(f"{name}-table", f"eval.py {probe} --out {self.folder / name}-table --workers 0")
@@ -233,8 +243,8 @@ def main(argv=None):
     chosen = "" if args.claim == list(CLAIMS) else f" --claim {' '.join(args.claim)}"
     minutes = sum(world.done[name]["seconds"] for world in worlds for name in world.used) / 60
     text = "\n".join(["# The paper's claims in miniature", "",
-                      f"`python -m experiments.reproduce --seeds {seeds}{chosen}`: "
-                      f"mean{' ± standard deviation' * (len(worlds) > 1)} over the worlds and trainings of seed{'s' * (len(worlds) > 1)} {seeds}, in {minutes:.0f} minutes. Each pair is",
+                      f"`python -m experiments.reproduce --seeds {seeds}{chosen}`, {minutes:.0f} minutes in all: mean"
+                      f"{' ± standard deviation' * (len(worlds) > 1)} over the worlds and trainings of seed{'s' * (len(worlds) > 1)} {seeds}. Each pair is",
                       "*claimed to be better / claimed to be worse*; the paper's numbers are its own, on nuScenes with DINOv2 ViT-S/14.", "",
                       *lines, "", RULE, ""])
     print(f"\n{text}")

@@ -7,11 +7,13 @@ day-rain and night pictures of a street differ in appearance (light, colour, con
     python miniature/world.py --out data/world-1 --seed 1                                   # 820 scenes, 1640 frames
     python miniature/world.py --out data/tiny --seed 1 --train 4 2 2 --val 2                # a look at it
     python miniature/world.py --out data/ring --cameras 6 --lidar-fov 360 --azimuths 640    # all around
+    python miniature/world.py --out data/images-1 --dataset nuimages                        # its pictures, as nuImages
 
 Everything in a scene is a function of the seed, its split, its number and its condition, so the same arguments give
 the same bytes. The three scenes of a validation layout share street and poses.
 """
 import argparse
+import base64
 import hashlib
 import json
 import multiprocessing
@@ -24,18 +26,23 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as run_lengths
 from pyquaternion import Quaternion
+from scipy.ndimage import label as connected_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the repository's root
 from errors import InputError, one_line_errors  # noqa: E402
 from miniature.optics import draw_weather, lidar_rig, render, scan  # noqa: E402
-from miniature.street import BARRIER, BUS, CAR, CATEGORIES, LANE, PEDESTRIAN, TRUCK, Street  # noqa: E402
+from miniature.street import BARRIER, BUS, CAR, CATEGORIES, LANE, PEDESTRIAN, ROAD, TRUCK, Street  # noqa: E402
 
 FORMAT = 1  # of the content: count up when the same arguments give other bytes
-VERSION = "v1.0-trainval"
+VERSION = "v1.0-trainval"  # of nuScenes; nuImages has v1.0-train and v1.0-val
 CONDITIONS = ("day-clear", "day-rain", "night")
 TABLES = ("attribute calibrated_sensor category ego_pose instance lidarseg log map sample sample_annotation sample_data "
           "scene sensor visibility").split()
+NUIMAGES_TABLES = "attribute calibrated_sensor category ego_pose log object_ann sample sample_data sensor surface_ann".split()
+NUIMAGES_OBJECTS = [name for name in CATEGORIES if name.startswith(("animal", "human", "movable", "static_object", "vehicle"))
+                    and name != "vehicle.ego"]
 CAMERAS = {"CAM_FRONT": (0, 1.70, 0.0, 1.51), "CAM_FRONT_LEFT": (55, 1.52, 0.49, 1.51),  # yaw, degrees; x, y, z, m
            "CAM_FRONT_RIGHT": (-55, 1.55, -0.49, 1.50), "CAM_BACK": (-180, 0.03, 0.0, 1.58),
            "CAM_BACK_LEFT": (110, 1.04, 0.48, 1.59), "CAM_BACK_RIGHT": (-110, 1.01, -0.48, 1.56)}
@@ -138,10 +145,9 @@ def write_scene(job):
                               first_sample_token=token("sample", 0), description=describe(plan),
                               last_sample_token=token("sample", len(plan["frames"]) - 1)))
     for channel, (at, turn, _) in plan["sensors"].items():
-        intrinsic = [[width / 2, 0., (width - 1) / 2], [0., width / 2, (height - 1) / 2], [0., 0., 1.]]  # 90 degrees
         rows["calibrated_sensor"].append(dict(
             token=token("calibration", channel), sensor_token=sensor_token(channel), translation=at.tolist(),
-            rotation=turn.elements.tolist(), camera_intrinsic=[] if channel == "LIDAR_TOP" else intrinsic))
+            rotation=turn.elements.tolist(), camera_intrinsic=[] if channel == "LIDAR_TOP" else intrinsic(width, height)))
     for k, views in enumerate(plan["frames"]):
         rows["sample"].append(dict(token=token("sample", k), timestamp=views["LIDAR_TOP"]["time"],
                                    scene_token=token("scene"), **linked("sample")(k)))
@@ -165,6 +171,63 @@ def write_scene(job):
     return rows
 
 
+def write_images(job):
+    """Write one scene's pictures as nuImages; returns its rows of the tables. Each picture is a sample of its own."""
+    out, options, split, number, condition, name = job
+    plan = plan_scene(options, split, number, condition)
+    height, width = options["image_size"]
+    first = datetime.fromtimestamp(plan["frames"][0]["LIDAR_TOP"]["time"] / 1e6, timezone(timedelta(hours=8)))
+    rows = {table: [] for table in NUIMAGES_TABLES}
+
+    def token(*parts):
+        return hashlib.md5("/".join(map(str, (options["seed"], "nuimages", name, *parts))).encode()).hexdigest()
+
+    log = dict(token=token("log"), logfile=f"n013-{first:%Y-%m-%d-%H-%M-%S}+0800", vehicle="n013",
+               date_captured=f"{first:%Y-%m-%d}", location="singapore-onenorth")
+    rows["log"].append(log)
+    for channel in list(CAMERAS)[:options["cameras"]]:
+        at, turn, _ = plan["sensors"][channel]
+        rows["calibrated_sensor"].append(dict(
+            token=token("calibration", channel), sensor_token=sensor_token(channel), translation=at.tolist(),
+            rotation=turn.elements.tolist(), camera_intrinsic=intrinsic(width, height), camera_distortion=[0.] * 5))
+        for k, views in enumerate(plan["frames"]):
+            key, view = token("data", k, channel), views[channel]
+            file = f"samples/{channel}/{log['logfile']}__{channel}__{view['time']}.jpg"
+            colors, kinds, _ = picture(options, plan, k, channel)
+            Image.fromarray(colors).save(out / file, quality=92, subsampling=0)
+            rows["ego_pose"].append(dict(token=key, timestamp=view["time"], **view["pose"], speed=0., acceleration=[0.] * 3,
+                                         rotation_rate=[0.] * 3))
+            rows["sample"].append(dict(token=token("sample", k, channel), timestamp=view["time"], log_token=log["token"],
+                                       key_camera_token=key))
+            rows["sample_data"].append(dict(
+                token=key, sample_token=token("sample", k, channel), ego_pose_token=key, timestamp=view["time"], prev="", next="",
+                calibrated_sensor_token=token("calibration", channel), fileformat="jpg", is_key_frame=True, height=height,
+                width=width, filename=file))
+            for kind in np.unique(kinds):
+                common = dict(sample_data_token=key, category_token=sensor_token(CATEGORIES[kind]))
+                if kind == ROAD:
+                    rows["surface_ann"].append(dict(token=token("surface", k, channel), mask=packed(kinds == kind), **common))
+                elif CATEGORIES[kind] in NUIMAGES_OBJECTS:
+                    parts, count = connected_parts(kinds == kind)  # two cars that overlap in the picture are one annotation
+                    for part in range(1, count + 1):
+                        ys, xs = np.nonzero(parts == part)
+                        rows["object_ann"].append(dict(
+                            token=token("object", k, channel, kind, part), mask=packed(parts == part), attribute_tokens=[],
+                            bbox=[int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)], **common))
+    return rows
+
+
+def packed(mask):
+    """A mask [H, W] as nuImages stores it: its run lengths as pycocotools packs them, in base64."""
+    runs = run_lengths.encode(np.asfortranarray(mask, np.uint8))
+    return dict(size=list(mask.shape), counts=base64.b64encode(runs["counts"]).decode())
+
+
+def intrinsic(width, height):
+    """A camera's matrix: 90 degrees from left to right."""
+    return [[width / 2, 0., (width - 1) / 2], [0., width / 2, (height - 1) / 2], [0., 0., 1.]]
+
+
 def sensor_token(channel):
     return hashlib.md5(channel.encode()).hexdigest()
 
@@ -185,11 +248,14 @@ def list_jobs(out, options):
 
 
 def make_world(out, seed=1, train=(400, 150, 150), val=40, frames=2, image_size=(80, 160), beams=32, azimuths=180,
-               lidar_fov=100., cameras=1, workers=None):
+               lidar_fov=100., cameras=1, workers=None, dataset="nuscenes"):
     """Write the dataset below `out`, or do nothing if it is there already. Returns `out` as a Path."""
     out, workers = Path(out), workers or os.cpu_count()
     options = dict(format=FORMAT, seed=seed, train=list(train), val=val, frames=frames, image_size=list(image_size),
                    beams=beams, azimuths=azimuths, lidar_fov=float(lidar_fov), cameras=cameras)
+    as_images = dataset == "nuimages"
+    if as_images:
+        options["dataset"] = dataset
     for flag, good in (("seed", seed >= 0), ("train", len(train) == 3 and min(train) >= 0), ("val", val >= 0),
                        ("frames", frames >= 1), ("image-size", min(image_size) >= 16), ("beams", beams >= 2),
                        ("azimuths", azimuths >= 2), ("lidar-fov", 0 < lidar_fov <= 360), ("cameras", 1 <= cameras <= 6)):
@@ -202,42 +268,55 @@ def make_world(out, seed=1, train=(400, 150, 150), val=40, frames=2, image_size=
     if done.exists():
         there = json.loads(done.read_text())
         if there != options:
-            differ = ", ".join(f"{key} {there.get(key)} there, {value} now" for key, value in options.items()
-                               if there.get(key) != value)
+            differ = ", ".join(f"{key} {there.get(key)} there, {options.get(key)} now" for key in options | there
+                               if there.get(key) != options.get(key))
             raise InputError(f"{out} holds a world made with other arguments ({differ}): another --out, or remove it")
         print(f"{out}: finished already, nothing to do")
         return out
     if begun.exists():
         print(f"{out}: unfinished, written again")
-        for folder in ("samples", "lidarseg", "maps", VERSION):
+        for folder in ("samples", "lidarseg", "maps", VERSION, "v1.0-train", "v1.0-val"):
             shutil.rmtree(out / folder, ignore_errors=True)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is no world of this script; give another --out")
 
-    channels = ["LIDAR_TOP", *list(CAMERAS)[:cameras]]
-    for folder in ("maps", VERSION, f"lidarseg/{VERSION}", *(f"samples/{channel}" for channel in channels)):
+    channels = ["LIDAR_TOP", *list(CAMERAS)[:cameras]][as_images:]
+    versions = sorted({f"v1.0-{job[2]}" if as_images else VERSION for job in jobs})
+    for folder in (*versions, *(f"samples/{channel}" for channel in channels), *(["maps", f"lidarseg/{VERSION}"] * (not as_images))):
         (out / folder).mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(options))
-    tables, start = {table: [] for table in TABLES}, time.time()
+    start, write = time.time(), write_images if as_images else write_scene
+    tables = {version: {table: [] for table in (NUIMAGES_TABLES if as_images else TABLES)} for version in versions}
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else SerialPool() as pool:
-        for number, rows in enumerate(pool.imap(write_scene, jobs, chunksize=4), 1):
-            for table in TABLES:
-                tables[table] += rows[table]
+        for number, rows in enumerate(pool.imap(write, jobs, chunksize=4), 1):
+            of_version = tables[f"v1.0-{jobs[number - 1][2]}" if as_images else VERSION]
+            for table in rows:
+                of_version[table] += rows[table]
             if number % 100 == 0 or number == len(jobs):
                 print(f"{out}: {number} of {len(jobs)} scenes, {time.time() - start:.0f} s", flush=True)
-    Image.new("L", (8, 8)).save(out / "maps/blank.png")
-    tables["sensor"] = [dict(token=sensor_token(channel), channel=channel, modality="camera" if k else "lidar")
-                        for k, channel in enumerate(channels)]
+    for version, of_version in tables.items():
+        finish_tables(out, of_version, channels, as_images)
+        for table, content in of_version.items():
+            (out / version / f"{table}.json").write_text(json.dumps(content, indent=0))
+    begun.replace(done)  # last: now it is finished
+    return out
+
+
+def finish_tables(out, tables, channels, as_images):
+    """Fill the tables that are not about one scene."""
+    tables["sensor"] = [dict(token=sensor_token(channel), channel=channel, modality="camera" if channel in CAMERAS else "lidar")
+                        for channel in channels]
     tables["category"] = [dict(token=sensor_token(name), name=name, description="", index=index)
                           for index, name in enumerate(CATEGORIES)]
+    if as_images:
+        names = {*NUIMAGES_OBJECTS, "flat.driveable_surface", "vehicle.ego"}  # its categories have no index
+        tables["category"] = [dict(token=sensor_token(name), name=name, description="") for name in CATEGORIES if name in names]
+        return
+    Image.new("L", (8, 8)).save(out / "maps/blank.png")
     tables["visibility"] = [dict(token=str(k), level=level, description="")
                             for k, level in enumerate(("v0-40", "v40-60", "v60-80", "v80-100"), 1)]
     tables["map"] = [dict(token=sensor_token("map"), category="semantic_prior", filename="maps/blank.png",
                           log_tokens=[log["token"] for log in tables["log"]])]
-    for table, content in tables.items():
-        (out / VERSION / f"{table}.json").write_text(json.dumps(content, indent=0))
-    begun.replace(done)  # last: now it is finished
-    return out
 
 
 class SerialPool:
@@ -256,7 +335,9 @@ class SerialPool:
 @one_line_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder of the dataset; opens as nuScenes v1.0-trainval")
+    parser.add_argument("--out", required=True, help="folder of the dataset; opens as nuScenes v1.0-trainval, or as nuImages")
+    parser.add_argument("--dataset", choices=("nuscenes", "nuimages"), default="nuscenes",
+                        help="nuimages: v1.0-train and v1.0-val, pictures with masks of objects and road (default: nuscenes)")
     parser.add_argument("--seed", type=int, default=1, help="another seed is another world (default 1)")
     parser.add_argument("--train", type=int, nargs=3, default=(400, 150, 150), metavar=("DAY", "RAIN", "NIGHT"),
                         help="training scenes per condition, at most 700 in all (default 400 150 150)")

@@ -97,7 +97,7 @@ def test_every_run_and_task_of_a_claim_exists_and_every_run_has_a_claim():
     numbers = [number for claim in CLAIMS.values() for side in (claim.better, claim.worse)
                for number in (side if not isinstance(side, Number) else [side])]
     assert {number.run for number in numbers} <= {"base", *COMMANDS}
-    assert set(COMMANDS) - {number.run for number in numbers} == {"world", "labels", "2d-head-1"}  # what others begin with
+    assert set(COMMANDS) - {number.run for number in numbers} == {"world", "images", "labels", "2d-head-1"}  # what others begin with
     assert {number.task for number in numbers} == set(TASKS)
     assert all(claim.metric == ("RMSE" if "depth" in claim.name else "mIoU") for claim in CLAIMS.values())
 

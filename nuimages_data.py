@@ -1,0 +1,147 @@
+"""nuImages: labelled images of six cameras, and the class of each pixel, from its own tables through nuscenes-devkit.
+
+    python nuimages_data.py --data /data/nuimages       # build the index, check every file, print the counts
+
+(Not named nuimages.py: that is the devkit's package.)
+"""
+import argparse
+import base64
+import dataclasses
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import read_image
+from errors import InputError, one_line_errors
+from index import CLASSES as NUSCENES_CLASSES
+from index import cached, check_files
+
+SPLITS = ("train", "val")
+CLASSES = NUSCENES_CLASSES[:NUSCENES_CLASSES.index("driveable_surface") + 1]  # ignore, the 10 classes of objects, the road
+
+
+@dataclasses.dataclass
+class ImageIndex:
+    """S labelled images and their M masks, in the order in which they are drawn. Paths are bytes, relative to root."""
+    root: str
+    split: np.ndarray        # [S] b"train" or b"val"
+    image: np.ndarray        # [S] path, sorted within a split
+    image_size: np.ndarray   # [S, 2] height, width
+    first: np.ndarray        # [S + 1]: first[s]:first[s + 1] are the masks of image s
+    kind: np.ndarray         # [M] index into CLASSES
+    start: np.ndarray        # [M + 1]: start[m]:start[m + 1] are the bytes of mask m
+    runs: np.ndarray         # [start[M]] uint8: run lengths, as pycocotools packs them
+
+    def select(self, split, limit=None, percent=100):
+        """Image numbers of a split, at most `limit`, spread evenly; percent: every (100 / percent)-th in the order of file names."""
+        rows = np.flatnonzero(self.split == split.encode())[::100 // percent]
+        if limit is not None and limit < len(rows):
+            rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+        if len(rows) == 0:
+            raise InputError(f"--data {self.root}: no image of split '{split}'; nuImages keeps it in the folder v1.0-{split}")
+        return rows
+
+    def labels(self, row):
+        """The classes uint8 [H, W] of an image's pixels: surfaces, then objects over them; 0 where nothing is labelled."""
+        from pycocotools.mask import decode
+        classes = np.zeros(self.image_size[row], np.uint8)
+        for m in range(self.first[row], self.first[row + 1]):
+            mask = {"size": self.image_size[row].tolist(), "counts": self.runs[self.start[m]:self.start[m + 1]].tobytes()}
+            classes[decode(mask) == 1] = self.kind[m]
+        return classes
+
+    def summary(self):
+        """The counts per split as a printable line."""
+        return f"{self.root}: " + ", ".join(f"{(self.split == split.encode()).sum()} images of {split}" for split in SPLITS)
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Images with the pixels that have a label, as `Frames` gives them for projected points.
+
+    Keys are (epoch, number). Item: image uint8 [3, H, W], pixels [N, 2] (row, col) in it, labels [N] (index into CLASSES), condition 0.
+    Takes the arguments of `Frames`; of them `cameras` must be "all", and all that is about points has no meaning here.
+    """
+
+    def __init__(self, index, rows, cameras, image_size, cloud=None, **_):
+        if cameras != "all" or cloud is not None:
+            raise InputError(f"--cameras {cameras}: nuImages has one image a sample, use all")
+        self.index, self.rows, self.image_size = index, rows, image_size
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        row = self.rows[key[1]]
+        image = read_image(os.path.join(self.index.root, self.index.image[row].decode()), self.image_size)
+        labels = Image.fromarray(self.index.labels(row)).resize(self.image_size[::-1], Image.Resampling.NEAREST)
+        labels = np.array(labels)  # [H, W]
+        pixels = np.argwhere(labels > 0)
+        return {"condition": 0, "image": torch.from_numpy(image), "pixels": torch.from_numpy(pixels.astype(np.float32)),
+                "labels": torch.from_numpy(labels[tuple(pixels.T)].astype(np.int64))}
+
+
+def load_nuimages(root, version=None, here=False):
+    """The `ImageIndex` of a nuImages root with v1.0-train and v1.0-val (`version` has no meaning: they are the splits).
+
+    Cached and built as `index.load_index` does. Raises InputError for a wrong root and for images that are not there.
+    """
+    root = Path(root).resolve()
+    tables = [root / f"v1.0-{split}" for split in SPLITS if (root / f"v1.0-{split}" / "object_ann.json").is_file()]
+    if not tables:
+        there = ", ".join(sorted(p.name for p in root.glob("v1.0-*") if p.is_dir()))
+        raise InputError(f"--data {root}: not a nuImages root: no v1.0-train or v1.0-val with an object_ann.json"
+                         + (f"; there is {there}" if there else "") + "; download nuImages, or make a miniature one with "
+                         "miniature/world.py --dataset nuimages")
+    return ImageIndex(root=str(root), **cached(root, tables, __file__, [], here, lambda: _read_tables(root, tables)))
+
+
+def _read_tables(root, tables):
+    """The fields of `ImageIndex`."""
+    from nuimages import NuImages
+    from nuscenes.eval.detection.utils import category_to_detection_name
+
+    def class_of(category):
+        name = "driveable_surface" if category == "flat.driveable_surface" else category_to_detection_name(category)
+        return CLASSES.index(name or "ignore")
+
+    images, kinds, runs = [], [], []  # images: split, path, size, number of masks
+    for folder in tables:
+        try:
+            nuim = NuImages(folder.name, str(root))
+            kind = {category["token"]: class_of(category["name"]) for category in nuim.category}
+            masks = defaultdict(list)
+            for mark in [*nuim.surface_ann, *sorted(nuim.object_ann, key=lambda mark: mark["token"])]:  # as the devkit draws them
+                if mark["mask"] is not None:
+                    masks[mark["sample_data_token"]].append((kind[mark["category_token"]], mark["mask"]))
+            views = [nuim.get("sample_data", sample["key_camera_token"]) for sample in nuim.sample]
+        except (AssertionError, KeyError, ValueError, OSError) as error:
+            raise InputError(f"--data {root}: nuscenes-devkit cannot open {folder.name}: {error}; extract it again") from None
+        for view in sorted(views, key=lambda view: view["filename"]):
+            size = [view["height"], view["width"]]
+            images.append((folder.name.removeprefix("v1.0-"), view["filename"], size, len(masks[view["token"]])))
+            for number, mask in masks[view["token"]]:
+                if mask["size"] != size:
+                    raise InputError(f"--data {root}: {folder.name}: a mask of size {mask['size']} for {view['filename']} of {size}; "
+                                     "extract it again")
+                kinds.append(number)
+                runs.append(base64.b64decode(mask["counts"]))
+    split, image, size, count = zip(*images)
+    check_files(root, image)
+    return {"split": np.array(split, np.bytes_), "image": np.array(image, np.bytes_), "image_size": np.array(size),
+            "first": np.cumsum([0, *count]), "kind": np.array(kinds, np.uint8), "start": np.cumsum([0, *map(len, runs)]),
+            "runs": np.frombuffer(b"".join(runs), np.uint8)}
+
+
+@one_line_errors
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="nuImages root: the folder with samples/, v1.0-train/ and v1.0-val/")
+    print(load_nuimages(parser.parse_args().data, here=True).summary())
+
+
+if __name__ == "__main__":
+    main()
