@@ -48,10 +48,16 @@ def _read(path):
 
 
 def read_image(path, size):
-    """The image resized to `size` = (H, W), bilinear with antialiasing: uint8 `[3, H, W]`."""
+    """The image resized to `size` = (H, W), bilinear with antialiasing: uint8 `[3, H, W]`.
+
+    A JPEG of at least three times the size is decoded at a half (a quarter, an eighth) of its resolution, in which it is still
+    one and a half times the size or more: at 224x448 a third of the time, and 0.3 of 255 levels of difference in the mean.
+    """
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)  # PIL's is antialiased
+            image.draft("RGB", (3 * size[1] // 2, 3 * size[0] // 2))
+            image = image if image.mode == "RGB" else image.convert("RGB")
+            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # PIL's is antialiased
     except OSError as error:
         raise InputError(f"{path}: not a readable image ({error}); extract it again".replace("\n", " ")) from None
     return np.array(image).transpose(2, 0, 1)
@@ -64,9 +70,8 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres. A point is visible if it
     is more than min_depth away and 0 < row < H-1, 0 < col < W-1 (nuscenes-devkit's rule, whose margin is 1).
     """
-    camera = xyz @ cam_from_lidar[:3, :3].T + cam_from_lidar[:3, 3]  # [N, 3]
-    visible = np.flatnonzero(camera[:, 2] > min_depth)
-    camera = camera[visible] @ intrinsics.T
+    visible = np.flatnonzero(xyz @ cam_from_lidar[2, :3] + cam_from_lidar[2, 3] > min_depth)  # first those ahead: a half
+    camera = (xyz[visible] @ cam_from_lidar[:3, :3].T + cam_from_lidar[:3, 3]) @ intrinsics.T
     pixels = camera[:, 1::-1] / camera[:, 2:]  # [M, 2] row, col
     inside = ((pixels > 0) & (pixels < np.asarray(size) - 1)).all(1)
     return visible[inside], pixels[inside], camera[inside, 2]

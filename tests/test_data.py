@@ -160,6 +160,18 @@ def test_a_rotated_scan_with_a_rotated_camera_gives_the_same_pixels(world):
     np.testing.assert_allclose(before[1], after[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("factor, exact", [(1, True), (2, True), (4, False), (9, False)])
+def test_jpegs_decoded_at_a_part_of_their_resolution_look_the_same(tmp_path, factor, exact):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 24, 3), dtype=np.uint8)).resize((80 * factor, 40 * factor), Image.Resampling.BICUBIC)
+    noisy = np.clip(np.array(coarse) + rng.normal(0, 6, (40 * factor, 80 * factor, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "image.jpg", quality=92)
+    with Image.open(tmp_path / "image.jpg") as image:
+        whole = np.array(image.convert("RGB").resize((80, 40), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
+    difference = np.abs(data.read_image(tmp_path / "image.jpg", (40, 80)) - whole)
+    assert difference.max() == 0 if exact else difference.mean() < 1.5 and difference.max() < 16
+
+
 def test_resizing_is_antialiased(tmp_path):
     stripes = np.zeros((80, 160, 3), np.uint8)
     stripes[:, ::2] = 255
