@@ -47,7 +47,7 @@ def read(path):
 
 
 def load_checkpoint(path, kind):
-    """The checkpoint of this kind (a key of WHO_WRITES) at `path`, or in last.pth of that folder, as `training.save` wrote it."""
+    """The checkpoint of this kind (a key of WHO_WRITES) at `path`, or in last.pth of that folder, as `run_folder.save` wrote it."""
     content = read(path)
     check_kind(content, path, kind)
     return content

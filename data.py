@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from errors import InputError
+from index import UNKNOWN
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
 
@@ -29,7 +30,10 @@ def read_scan(path):
     content = _read(path)
     if len(content) == 0 or len(content) % 20:
         raise InputError(f"{path}: cut short: {len(content)} bytes are not whole points of 5 floats; extract it again")
-    return np.frombuffer(content, np.float32).reshape(-1, 5)[:, :4]
+    scan = np.frombuffer(content, np.float32).reshape(-1, 5)[:, :4]
+    if not np.isfinite(scan).all():
+        raise InputError(f"{path}: {(~np.isfinite(scan)).any(1).sum()} of {len(scan)} points are not finite numbers; extract it again")
+    return scan
 
 
 def read_labels(path, coarse, count):
@@ -37,7 +41,10 @@ def read_labels(path, coarse, count):
     fine = np.frombuffer(_read(path), np.uint8)
     if len(fine) != count:
         raise InputError(f"{path}: {len(fine)} labels for {count} points; extract it again")
-    return coarse[fine]
+    classes = coarse[fine]
+    if (unknown := classes == UNKNOWN).any():
+        raise InputError(f"{path}: label {fine[unknown][0]} is of no category of this dataset; extract lidarseg and its tables again")
+    return classes
 
 
 def _read(path):
@@ -47,18 +54,25 @@ def _read(path):
         raise InputError(f"{path}: {error.strerror}; extract the dataset again") from None
 
 
-def read_image(path, size):
+def read_image(path, size, raw_size=None):
     """The image resized to `size` = (H, W), bilinear with antialiasing: uint8 `[3, H, W]`.
 
+    raw_size: (H, W) that it must have, or None. Raises InputError for another size, and for anything but 8-bit RGB or grey.
     A JPEG of at least three times the size is decoded at a half (a quarter, an eighth) of its resolution, in which it is still
     one and a half times the size or more: at 224x448 a third of the time, and 0.3 of 255 levels of difference in the mean.
     """
     try:
         with Image.open(path) as image:
+            if raw_size is not None and image.size != (raw_size[1], raw_size[0]):
+                raise InputError(f"{path}: {image.size[1]}x{image.size[0]} pixels, the tables say {raw_size[0]}x{raw_size[1]}; extract it again")
+            if image.mode not in ("RGB", "L"):
+                raise InputError(f"{path}: an image of mode {image.mode}, not 8-bit RGB; its colours would be guessed. Convert or extract it again")
             image.draft("RGB", (3 * size[1] // 2, 3 * size[0] // 2))
             image = image if image.mode == "RGB" else image.convert("RGB")
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # PIL's is antialiased
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: not a readable image ({error}); extract it again".replace("\n", " ")) from None
     return np.array(image).transpose(2, 0, 1)
 
@@ -153,6 +167,7 @@ class Frames(torch.utils.data.Dataset):
         cloud: as `CLOUD`, for the 3D encoder's inputs; None: all visible points, no inputs of the 3D encoder.
         training: a random point of each voxel; False: the first. augment: rotate and flip the cloud.
         labels: read lidarseg. max_depth: keep the nearest point of each pixel, up to this depth [m].
+        skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` says why, a line for each.
         every_point: with "scan", labels of all points, and `nearest` of those that the 3D encoder gets; no limit on them.
 
     An item is a dict: condition (index into CONDITIONS); image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized
@@ -163,14 +178,14 @@ class Frames(torch.utils.data.Dataset):
     """
 
     def __init__(self, index, rows, cameras="all", image_size=None, cloud=None, training=False, augment=False,
-                 labels=False, max_depth=None, every_point=False, seed=0):
+                 labels=False, max_depth=None, every_point=False, skip_bad=False, seed=0):
         if cameras not in ("random", "all", "scan", *index.cameras):
             raise InputError(f"--cameras {cameras}: choose random, all, scan, or one of {', '.join(index.cameras)}")
         if labels and (unlabelled := np.count_nonzero(index.lidarseg[rows] == b"")):
             raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no lidarseg labels; extract it")
         self.index, self.rows, self.cameras, self.image_size, self.cloud = index, rows, cameras, image_size, cloud
         self.training, self.augment, self.labels, self.max_depth = training, augment, labels, max_depth
-        self.every_point, self.seed = every_point, seed
+        self.every_point, self.skip_bad, self.seed = every_point, skip_bad, seed
 
     def __len__(self):
         return len(self.rows) * (len(self.index.cameras) if self.cameras == "all" else 1)
@@ -181,17 +196,34 @@ class Frames(torch.utils.data.Dataset):
 
     def image(self, row, camera):
         """uint8 [3, H, W]: the image of a frame's camera in the size asked for."""
-        return read_image(os.path.join(self.index.root, self.index.image[row, camera].decode()), self.image_size)
+        path = os.path.join(self.index.root, self.index.image[row, camera].decode())
+        return read_image(path, self.image_size, self.index.image_size[row, camera])
 
-    def __getitem__(self, key):
+    def locate(self, key):
+        """(frame, camera or None, generator of the item's randomness) of (epoch, number)."""
         epoch, number = key
         rng = np.random.default_rng((self.seed, epoch, number))
-        index, count = self.index, len(self.index.cameras)
+        count, camera = len(self.index.cameras), None
         if self.cameras == "all":
             number, camera = divmod(number, count)
         elif self.cameras != "scan":
-            camera = rng.integers(count) if self.cameras == "random" else index.cameras.index(self.cameras)
-        row = self.rows[number]
+            camera = rng.integers(count) if self.cameras == "random" else self.index.cameras.index(self.cameras)
+        return self.rows[number], camera, rng
+
+    def name(self, key):
+        """The file by which a person finds an item: its image, or its scan."""
+        row, camera, _ = self.locate(key)
+        return (self.index.lidar[row] if camera is None else self.index.image[row, camera]).decode()
+
+    def __getitem__(self, key):
+        return next_good(self.view, key, len(self)) if self.skip_bad else self.view(key)
+
+    def view(self, key):
+        """One item; InputError if it cannot be read."""
+        row, camera, rng = self.locate(key)
+        index = self.index
+        if index.bad[row]:
+            raise InputError(f"{index.root}: {index.bad[row].decode()}")
         scan, item, arrays = self.scan(row), {"condition": int(index.condition[row])}, {}  # scan: [A, 4]
 
         # points that this camera sees
@@ -218,6 +250,9 @@ class Frames(torch.utils.data.Dataset):
             xyz = rotate_and_flip(scan[keep, :3], rng) if self.augment else scan[keep, :3]
             chosen = np.flatnonzero(inside_fov(xyz, options["fov"]))
             chosen = chosen[one_per_voxel(xyz[chosen], options["voxel"], rng if self.training else None)]
+            if len(chosen) == 0:
+                raise InputError(f"{self.name(key)}: no LiDAR point of its scan ({index.lidar[row].decode()}) is in view and within reach; "
+                                 "do scan, image and calibration belong together?")
             if len(chosen) > options["max_points"] and not self.every_point:
                 center = xyz[chosen[rng.integers(len(chosen))]]
                 chosen = chosen[nearest_to(xyz[chosen], center, options["max_points"])]
@@ -232,6 +267,18 @@ class Frames(torch.utils.data.Dataset):
         return item | {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
 
 
+def next_good(view, key, count):
+    """view(key), or the next of the `count` items that can be read; its `bad` says why those before it cannot, a line for each."""
+    epoch, number = key
+    bad = []
+    for step in range(min(count, 100)):
+        try:
+            return view((epoch, (number + step) % count)) | {"bad": bad}
+        except InputError as error:
+            bad.append(str(error))
+    raise InputError(f"{len(bad)} frames in a row cannot be read, the last: {bad[-1]}")
+
+
 def collate(items):
     """A ragged batch: points of all items one after the other, `batch` [N] the item of each, point numbers as batch rows."""
     per_point = next(name for name in ("feats", "features", "pixels") if name in items[0])  # features: of a cached encoder
@@ -241,6 +288,7 @@ def collate(items):
     for name, values in out.items():
         if name in ("neighbors", "nearest"):
             values = [rows + start for rows, start in zip(values, offsets.tolist())]
-        join = {"condition": torch.tensor, "image": torch.stack, "cells": lambda cells: torch.cat(cells, dim=1)}
+        join = {"condition": torch.tensor, "image": torch.stack, "cells": lambda cells: torch.cat(cells, dim=1),
+                "bad": lambda reasons: sum(reasons, [])}
         out[name] = join.get(name, torch.cat)(values)
     return out | {"batch": torch.repeat_interleave(torch.arange(len(items)), counts)}

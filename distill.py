@@ -64,3 +64,17 @@ def distillation_loss(pixel_features, point_features, direction):
     f = F.normalize(point_features.float(), dim=1)
     # vector_norm has the subgradient 0 at 0, where sqrt(sum of squares) gives NaN
     return torch.linalg.vector_norm(g - f, dim=1).sum() / max(1, len(g))
+
+
+@torch.no_grad()
+def feature_spread(features):
+    """How far features [M, D] are from collapse, on at most 2 048 of them: {"feature_variance": .., "effective_rank": ..}.
+
+    The variance of the L2-normalised features around their mean, in [0, 1]: 0 where all are the same. The effective rank (Roy
+    and Vetterli, 2007), exp of the entropy of the covariance's normalised eigenvalues, in [1, D]: how many directions they use.
+    """
+    f = F.normalize(features[::max(1, len(features) // 2048)].float(), dim=1)
+    f = f - f.mean(0)
+    eigenvalues = torch.linalg.eigvalsh(f.T @ f / max(1, len(f))).clamp(min=0)  # [D]
+    shares = eigenvalues / eigenvalues.sum().clamp(min=1e-12)
+    return {"feature_variance": eigenvalues.sum().item(), "effective_rank": torch.special.entr(shares).sum().exp().item()}

@@ -15,7 +15,8 @@ import numpy as np
 
 from errors import InputError, one_line_errors
 
-FORMAT = 3  # of the cache: count up when what is stored changes
+UNKNOWN = 255  # class of a fine label that no category has
+FORMAT = 4  # of the cache: count up when what is stored changes
 CONDITIONS = ("day-clear", "day-rain", "night")
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
@@ -36,7 +37,8 @@ class Index:
     image_size: np.ndarray   # [F, C, 2] height, width
     cam_from_lidar: np.ndarray   # [F, C, 4, 4] float64: lidar -> ego -> global -> ego at the image's time -> camera
     intrinsics: np.ndarray   # [F, C, 3, 3]
-    coarse: np.ndarray       # [256] lidarseg's fine label -> index into CLASSES
+    coarse: np.ndarray       # [256] lidarseg's fine label -> index into CLASSES, or UNKNOWN
+    bad: np.ndarray          # [F] b"", or why the frame cannot be used
 
     def select(self, split, conditions=CONDITIONS, limit=None, percent=100):
         """Frame numbers of a split under these conditions, at most `limit`, spread evenly over the scenes' order.
@@ -74,11 +76,12 @@ def condition_of(description):
     return CONDITIONS.index("night" if "night" in text else "day-rain" if "rain" in text else "day-clear")
 
 
-def load_index(root, version="v1.0-trainval", here=False):
+def load_index(root, version="v1.0-trainval", here=False, skip_bad=False):
     """The `Index` of a nuScenes root, from the cache if the tables have not changed since it was written.
 
     It is built by this file run as a script unless `here`, so that a training process never holds the devkit's tables.
-    Raises InputError for a wrong root or version and for files that the tables name but that are not there.
+    Raises InputError for a wrong root or version, for files that the tables name but that are not there, and, unless skip_bad,
+    for a frame whose scan is cut short or whose calibration is no pose.
     """
     root = Path(root).resolve()
     tables = root / version
@@ -88,7 +91,13 @@ def load_index(root, version="v1.0-trainval", here=False):
             f"no --version {version}; there is {', '.join(there)}" if there else
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
     fields = cached(root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
-    return Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
+    index = Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
+    for row in np.flatnonzero(index.bad != b""):  # was it repaired since?
+        if b"calibration" not in index.bad[row]:
+            index.bad[row] = _damage(root, index.lidar[row].decode(), index.lidarseg[row].decode(), np.char.decode(index.image[row])).encode()
+    if (bad := index.bad[index.bad != b""]).size and not skip_bad:
+        raise InputError(f"--data {root}: {len(bad)} of {len(index.bad)} frames are bad, the first: {bad[0].decode()}")
+    return index
 
 
 def cached(root, tables, script, arguments, here, build):
@@ -117,7 +126,7 @@ def cached(root, tables, script, arguments, here, build):
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["killed, perhaps for memory"])[-1]
             raise InputError(reason.partition("error: ")[2] or f"--data {root}: reading the tables failed: {reason}")
-    return {file.stem: np.load(file, mmap_mode="c", allow_pickle=False) for file in cache.glob("*.npy")}
+    return {file.stem: np.asarray(np.load(file, mmap_mode="c", allow_pickle=False)) for file in cache.glob("*.npy")}
 
 
 def _read_tables(root, version):
@@ -129,6 +138,8 @@ def _read_tables(root, version):
     from pyquaternion import Quaternion
 
     def pose(record, inverse=False):
+        if not abs(np.linalg.norm(record["rotation"]) - 1) < 1e-3:  # no rotation; the devkit would go on with any other
+            return np.full((4, 4), np.nan)
         return transform_matrix(record["translation"], Quaternion(record["rotation"]), inverse)
 
     try:
@@ -165,21 +176,26 @@ def _read_tables(root, version):
             frames["cam_from_lidar"].append([
                 pose(mount, inverse=True) @ pose(nusc.get("ego_pose", view["ego_pose_token"]), inverse=True)
                 @ lidar_to_global for view, mount in zip(views, mounts)])
-    coarse = np.zeros(256, np.uint8)
+    coarse = np.full(256, UNKNOWN, np.uint8)
     if labels:
         for fine, index in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
             coarse[fine] = index
     check_files(root, frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views])
-    _check_scans(root, frames["lidar"], frames["lidarseg"])
-    strings = {"scene", "split", "lidar", "lidarseg", "image"}
+    posed = np.isfinite(frames["cam_from_lidar"]).all((1, 2, 3)) & np.isfinite(frames["intrinsics"]).all((1, 2, 3))
+    frames["bad"] = [_damage(root, *paths) if good else f"{paths[0]}: the calibration or ego pose of it or of one of its images is none "
+                     "(a rotation of length 0, or numbers that are not finite); extract the tables again"
+                     for good, paths in zip(posed, zip(frames["lidar"], frames["lidarseg"], frames["image"]))]
+    strings = {"scene", "split", "lidar", "lidarseg", "image", "bad"}
     fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
     return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
 
 
 def check_files(root, paths):
-    """Raise InputError for the first of these files, relative to `root`, that is missing or empty."""
-    if bad := [path for path in paths if _size(root, path) == 0]:
-        raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing or empty, "
+    """Raise InputError for the first of these files, relative to `root`, that is missing or lies outside of it."""
+    if outside := [path for path in paths if os.path.isabs(path) or ".." in Path(path).parts]:
+        raise InputError(f"--data {root}: the tables name {outside[0]}, which is outside of this folder; do not trust this dataset")
+    if bad := [path for path in paths if not os.path.isfile(os.path.join(root, path))]:
+        raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing, "
                          f"the first is {bad[0]}; extract all archives of this version into this folder")
 
 
@@ -187,13 +203,14 @@ def _size(root, path):
     return os.path.getsize(file) if os.path.isfile(file := os.path.join(root, path)) else 0
 
 
-def _check_scans(root, scans, lidarseg):
-    """Raise InputError for the first scan that is cut short, or has not one label a point."""
-    for scan, labels in zip(scans, lidarseg):
-        size = _size(root, scan)
-        if size % 20 or (labels and _size(root, labels) * 20 != size):
-            raise InputError(f"--data {root}: {scan} has {size} bytes, not 20 a point"
-                             + (f" with one label each in {labels}" if labels else "") + "; extract it again")
+def _damage(root, scan, labels, images):
+    """What is wrong with a frame's files, or "": an empty one, a scan cut short or without one label a point."""
+    if empty := [path for path in (scan, *images) if _size(root, path) == 0]:
+        return f"{empty[0]} is empty; extract it again"
+    size = _size(root, scan)
+    if size % 20 == 0 and (not labels or _size(root, labels) * 20 == size):
+        return ""
+    return f"{scan} has {size} bytes, not 20 a point" + (f" with one label each in {labels}" if labels else "") + "; extract it again"
 
 
 @one_line_errors
@@ -202,7 +219,10 @@ def main():
     parser.add_argument("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
     parser.add_argument("--version", default="v1.0-trainval", help="version folder (default: %(default)s)")
     args = parser.parse_args()
-    print(load_index(args.data, args.version, here=True).summary())
+    index = load_index(args.data, args.version, here=True, skip_bad=True)
+    print(index.summary())
+    for reason in index.bad[index.bad != b""]:
+        print(f"bad: {reason.decode()}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import read_image
+from data import next_good, read_image
 from errors import InputError, one_line_errors
 from index import CLASSES as NUSCENES_CLASSES
 from index import cached, check_files
@@ -66,17 +66,25 @@ class LabelledImages(torch.utils.data.Dataset):
     Takes the arguments of `Frames`; of them `cameras` must be "all", and all that is about points has no meaning here.
     """
 
-    def __init__(self, index, rows, cameras, image_size, cloud=None, **_):
+    def __init__(self, index, rows, cameras, image_size, cloud=None, skip_bad=False, **_):
         if cameras != "all" or cloud is not None:
             raise InputError(f"--cameras {cameras}: nuImages has one image a sample, use all")
-        self.index, self.rows, self.image_size = index, rows, image_size
+        self.index, self.rows, self.image_size, self.skip_bad = index, rows, image_size, skip_bad
 
     def __len__(self):
         return len(self.rows)
 
+    def name(self, key):
+        """An item's image."""
+        return self.index.image[self.rows[key[1]]].decode()
+
     def __getitem__(self, key):
+        return next_good(self.view, key, len(self)) if self.skip_bad else self.view(key)
+
+    def view(self, key):
+        """One item; InputError if it cannot be read."""
         row = self.rows[key[1]]
-        image = read_image(os.path.join(self.index.root, self.index.image[row].decode()), self.image_size)
+        image = read_image(os.path.join(self.index.root, self.name(key)), self.image_size, self.index.image_size[row])
         labels = Image.fromarray(self.index.labels(row)).resize(self.image_size[::-1], Image.Resampling.NEAREST)
         labels = np.array(labels)  # [H, W]
         pixels = np.argwhere(labels > 0)
@@ -84,8 +92,8 @@ class LabelledImages(torch.utils.data.Dataset):
                 "labels": torch.from_numpy(labels[tuple(pixels.T)].astype(np.int64))}
 
 
-def load_nuimages(root, version=None, here=False):
-    """The `ImageIndex` of a nuImages root with v1.0-train and v1.0-val (`version` has no meaning: they are the splits).
+def load_nuimages(root, version=None, here=False, skip_bad=False):
+    """The `ImageIndex` of a nuImages root with v1.0-train and v1.0-val (`version` has no meaning: they are the splits; nor has `skip_bad`).
 
     Cached and built as `index.load_index` does. Raises InputError for a wrong root and for images that are not there.
     """

@@ -30,6 +30,7 @@ from errors import InputError, one_line_errors
 from index import CLASSES, load_index
 from nuimages_data import CLASSES as NUIMAGES
 from nuimages_data import LabelledImages, load_nuimages
+from run_folder import Log, Saver, check_finite, find_last, save
 from waffleiron import BatchNorm, load_waffleiron
 
 
@@ -172,6 +173,8 @@ def main(argv=None):
         raise InputError("--head-lr: for --finetune; without it --lr is the head's")
     if args.cameras == "scan" and args.task != "seg3d":
         raise InputError("--cameras scan: for --task seg3d only, a scan has no image")
+    if args.cache and args.on_bad_frame == "skip":
+        raise InputError("--on-bad-frame skip: not with --cache, which reads each frame once and would keep the one in its place")
     if args.head == "whitened" and not args.cache:
         raise InputError("--head whitened needs all features at once: add --cache")
     ignored = [name for name in ("weights", "hub", "feature", "image_size") if getattr(args, name)]
@@ -193,10 +196,10 @@ def main(argv=None):
             image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE), None, encoder.dim
             image_size = encoder.check_size(image_size)
             args.lr = models.of_family(args.lr, encoder)
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
     load, dataset, classes = (load_nuimages, LabelledImages, NUIMAGES) if args.task == "nuimages" else (load_index, Frames, CLASSES)
     with training.first_process_first():
-        index = load(args.data, args.version)
+        index = load(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
     if training.rank() == 0:
         print(index.summary(), flush=True)
     encoder = encoder.to(device).eval().requires_grad_(args.finetune)  # in eval() also where it is trained, as in stage 2
@@ -204,7 +207,8 @@ def main(argv=None):
     if args.percent and training.rank() == 0:
         which = ", ".join(np.unique(index.scene[rows]).astype(str)) if load is load_index else f"{len(rows)} images, by file name"
         print(f"{args.percent} % of the training {'scenes' if load is load_index else 'set'}: {which}", flush=True)
-    options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
+    options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed,
+                   skip_bad=args.on_bad_frame == "skip")
     frames = dataset(index, rows, args.cameras, image_size, cloud, training=not args.cache,
                     augment=cloud is not None and not args.cache, **options)
     held_out = dataset(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
@@ -219,15 +223,14 @@ def main(argv=None):
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
-    if args.cache and first < total:
-        frames, args.workers = Cached(frames, features, args.workers, device), 0
-    loader = training.load(frames, batches, collate, args.workers, device)
+    cached = Cached(frames, features, args.workers, device) if args.cache and first < total else None
+    loader = training.load(cached or frames, batches, collate, 0 if cached else args.workers, device)
 
     # ---- head ----
     classes = classes[1:] if args.task != "depth" else ()  # without ignore
     head = models.linear_head(args.head, dim, len(classes) or 1, BatchNorm).to(device)
     if args.head == "whitened" and checkpoint is None:
-        head[0].fit(torch.cat([item["features"][::4] for item in frames.items]).float().to(device))
+        head[0].fit(torch.cat([item["features"][::4] for item in cached.items]).float().to(device))
     trained = Finetuned(encoder, head, features) if args.finetune else head
     model = training.distribute(trained, device, find_unused_parameters=args.finetune)
     groups = [{"params": head.parameters(), "factor": (args.head_lr or args.lr) / args.lr}]
@@ -246,7 +249,7 @@ def main(argv=None):
     # ---- loop ----
     best = checkpoint.get("best", float("inf")) if checkpoint else float("inf")
     validate_every = max(1, total // batches.per_epoch // 10)  # epochs: ten times a run, however short an epoch is
-    log = training.Log(args.out, device, trained)
+    log, saver = Log(args.out, device, trained, checkpoint, len(frames)), Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, f"probe {args.task}", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
@@ -261,9 +264,10 @@ def main(argv=None):
         loss = loss * training.share(count, device)
         optimizer.zero_grad()
         loss.backward()
+        check_finite(loss, trained, step, args.out, batches, frames)
         optimizer.step()
 
-        log.add(loss)
+        log.add(loss, batch)
         done = step + 1
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
@@ -275,17 +279,18 @@ def main(argv=None):
             head.train()
         if epoch_ends:
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr, **values)
-        if epoch_ends or done % args.save_every == 0:
-            log.mean()  # raises rather than save what is not finite
+        if saver.due(done):
             is_best = values.get("validation_loss", float("inf")) < best
             best = values["validation_loss"] if is_best else best
-            for name in ["best.pth"] * is_best + ["last.pth"]:
-                training.save(os.path.join(args.out, name), {
-                    "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim, "classes": classes,
-                    "backbone": encoder.backbone.state_dict() if args.finetune else None, "best": best,
-                    "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
-                    "data": os.path.abspath(args.data), "optimizer": optimizer.state_dict(), "step": done, "total": total,
-                    "args": vars(args)})
+            content = {
+                "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim, "classes": classes,
+                "backbone": encoder.backbone.state_dict() if args.finetune else None, "best": best,
+                "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
+                "data": os.path.abspath(args.data), "optimizer": optimizer.state_dict(), "step": done, "total": total,
+                "log": log.state(), "args": vars(args)}
+            if is_best:
+                save(os.path.join(args.out, "best.pth"), content)
+            saver.save(content)
     log.report()
     if training.rank() == 0:
         print(f"next: python eval.py {args.out}", flush=True)

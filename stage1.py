@@ -9,7 +9,6 @@ Collaborative-distillation paper, Sec. 3.1; the loss and the recipe are ScaLR's.
 Writes OUT/last.pth and OUT/log.jsonl; started again with the same arguments, it goes on from last.pth.
 """
 import argparse
-import os
 
 import torch
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from data import CLOUD, Frames, collate, plane_sizes
 from distill import distillation_loss, sample_features
 from errors import one_line_errors
 from index import CONDITIONS, load_index
+from run_folder import Log, Saver, check_finite, find_last
 from waffleiron import WaffleIron
 
 
@@ -57,11 +57,11 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     device = training.start(args)
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version)
+        index = load_index(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
         encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
@@ -69,7 +69,7 @@ def main(argv=None):
     cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
                      "neighbors": args.neighbors}
     frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size, cloud,
-                    training=True, augment=True, seed=args.seed)
+                    training=True, augment=True, skip_bad=args.on_bad_frame == "skip", seed=args.seed)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -92,7 +92,7 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log = training.Log(args.out, device, waffleiron)
+    log, saver = Log(args.out, device, waffleiron, checkpoint, len(frames)), Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 1", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
@@ -108,20 +108,20 @@ def main(argv=None):
         loss = loss * training.share(len(point_features), device)
         optimizer.zero_grad()
         loss.backward()
+        check_finite(loss, waffleiron, step, args.out, batches, frames)
         optimizer.step()
 
-        log.add(loss)
+        log.add(loss, batch)
         done = step + 1
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
         if done % batches.per_epoch == 0 or done == total:
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
-        if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
-            log.mean()  # raises rather than save what is not finite
-            training.save(os.path.join(args.out, "last.pth"), {
+        if saver.due(done):
+            saver.save({
                 "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
                 "cloud": cloud, "encoder": models.source_of(args), "image_size": image_size,
-                "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "total": total, "log": log.state(), "args": vars(args)})
     log.report()
 
 

@@ -12,7 +12,6 @@ Writes OUT/last.pth, which `load_image_encoder("OUT")` and every --encoder flag 
 the same arguments, it goes on from last.pth.
 """
 import argparse
-import os
 
 import torch
 from tqdm import tqdm
@@ -20,12 +19,14 @@ from tqdm import tqdm
 import models
 import training
 from data import CLOUD, Frames, collate
-from distill import distillation_loss, sample_features
+from distill import distillation_loss, feature_spread, sample_features
 from errors import InputError, one_line_errors
 from index import CONDITIONS, load_index
+from run_folder import Log, Saver, check_finite, find_last
 from waffleiron import load_waffleiron
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
+COLLAPSED = 0.1  # features whose variance or effective rank falls below this part of what it was are said to collapse
 
 
 def parse(argv=None):
@@ -80,15 +81,15 @@ def main(argv=None, dataset=Frames, **more):
         raise InputError(f"--train-batchnorm: {encoder.spec['name']} has no BatchNorm")
     image_size = encoder.check_size(args.image_size or stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE))
     args.lr = models.of_family(args.lr, encoder)
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version)
+        index = load_index(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
     if training.rank() == 0:
         print(index.summary(), flush=True)
     frames = dataset(index, index.select("train", args.conditions, args.limit), args.cameras, image_size,
-                     stage1.get("cloud", CLOUD), training=True, seed=args.seed)
+                     stage1.get("cloud", CLOUD), training=True, skip_bad=args.on_bad_frame == "skip", seed=args.seed)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -109,7 +110,8 @@ def main(argv=None, dataset=Frames, **more):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log = training.Log(args.out, device, encoder)
+    spread = before = checkpoint["spread"] if checkpoint else None  # now, and before the first step
+    log, saver = Log(args.out, device, encoder, checkpoint, len(frames)), Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in enumerate(bar, first):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
@@ -125,20 +127,28 @@ def main(argv=None, dataset=Frames, **more):
         loss = loss * training.share(len(pixel_features), device)
         optimizer.zero_grad()
         loss.backward()
+        check_finite(loss, encoder, step, args.out, batches, frames)
         optimizer.step()
 
-        log.add(loss)
+        log.add(loss, batch)
         done = step + 1
+        epoch_ends = done % batches.per_epoch == 0 or done == total
+        if before is None or done % 50 == 0 or epoch_ends:
+            spread = feature_spread(pixel_features)
+            before = before or spread
+            collapsed = [f"{name} {before[name]:.3g} -> {spread[name]:.3g}" for name in spread if spread[name] < COLLAPSED * before[name]]
+            if collapsed and training.rank() == 0:
+                bar.write(f"step {done}: the image encoder's features collapse, {', '.join(collapsed)}; try a lower --lr")
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
-        if done % batches.per_epoch == 0 or done == total:
-            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
-        if done % args.save_every == 0 or done % batches.per_epoch == 0 or done == total:
-            log.mean()  # raises rather than save what is not finite
-            training.save(os.path.join(args.out, "last.pth"), {
+        if epoch_ends:
+            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr, **spread, collapsed=bool(collapsed))
+        if saver.due(done):
+            saver.save({
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},
                 "model": encoder.backbone.state_dict(),
-                "optimizer": optimizer.state_dict(), "step": done, "args": vars(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "total": total, "log": log.state(), "spread": before,
+                "args": vars(args)})
     log.report()
 
 

@@ -1,27 +1,20 @@
-"""What every script needs and no paper mentions: processes, schedules, batches in order, checkpoints, logs.
+"""What every script needs and no paper mentions: processes, schedules, batches in order. Checkpoints and logs: run_folder.py.
 
 There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step); a
 checkpoint needs no random state and a resumed run is the run that never stopped (on a GPU up to its order of summation).
 """
 import atexit
 import contextlib
-import json
 import math
 import os
-import resource
-import sys
-import time
+import signal
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from checkpoints import read
 from errors import InputError
-
-MAY_CHANGE = {"data", "out", "device", "workers", "save_every"}  # arguments that a resumed run may be given anew
 
 
 def add_arguments(parser, out_required=True):
@@ -32,7 +25,10 @@ def add_arguments(parser, out_required=True):
     add("--out", required=out_required, help="folder for last.pth and log.jsonl; a run found there is resumed")
     add("--limit", type=int, help="use only so many frames, spread evenly (default: all)")
     add("--steps", type=int, help="train for so many steps instead of --epochs, schedule included")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
+    add("--restart", action="store_true", help="where --out holds a run with other arguments, set its files aside and begin anew")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="between checkpoints; each epoch's end writes one too (default: %(default)s)")
+    add("--on-bad-frame", choices=("stop", "skip"), default="stop", help="a damaged scan, image or calibration: stop and name it, or skip it: "
+        "the next frame takes its place, log.jsonl names it, more than 1 %% stop the run (default: %(default)s)")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="data-loading processes for each training process (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -44,7 +40,7 @@ def add_arguments(parser, out_required=True):
 
 def start(args):
     """Join the process group if torchrun started us, seed the initial weights; returns the device."""
-    for name in ("steps", "limit", "epochs", "batch", "save_every"):
+    for name in ("steps", "limit", "epochs", "batch"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -59,7 +55,7 @@ def start(args):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # others wait while the first process builds the index of the data and downloads weights
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     torch.manual_seed(args.seed)
     return device
@@ -133,118 +129,40 @@ class Batches:
         if items < batch:
             raise InputError(f"--batch {batch}: there are only {items} items to draw from; lower it, or raise --limit")
         self.items, self.batch, self.first, self.last, self.seed = items, batch, first, last, seed
-        self.per_epoch = items // batch
+        self.per_epoch, self.order = items // batch, (None, [])  # the epoch that was drawn last, and its permutation
 
     def __len__(self):
         return self.last - self.first
 
     def __iter__(self):
-        local, order = self.batch // world(), None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.per_epoch)
-            if order is None or place == 0:
-                generator = torch.Generator().manual_seed(1000003 * self.seed + epoch)
-                order = torch.randperm(self.items, generator=generator).tolist()
-            begin = place * self.batch + rank() * local
-            yield [(epoch, number) for number in order[begin:begin + local]]
+        return map(self.of, range(self.first, self.last))
+
+    def of(self, step):
+        """This process's part of one step's batch."""
+        epoch, place = divmod(step, self.per_epoch)
+        if self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(1000003 * self.seed + epoch)
+            self.order = epoch, torch.randperm(self.items, generator=generator).tolist()
+        local = self.batch // world()
+        begin = place * self.batch + rank() * local
+        return [(epoch, number) for number in self.order[1][begin:begin + local]]
 
 
 def load(dataset, batches, collate, workers, device):
     """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda")
+                      pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_alone)
+
+
+def _leave_signals_alone(_):
+    """A loading process outlives Ctrl-C, which reaches it too: the process that it works for decides when all is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_device(batch, device):
     """Tensors of a batch on the device; images become float in [0, 1] there, so that they travel as bytes."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
     if "image" in batch:
         batch["image"] = batch["image"].float() / 255
     return batch
-
-
-# ---- checkpoints and logs ----
-
-def save(path, content):
-    """Write a checkpoint in the first process, all of it or nothing: to a temporary file, then renamed."""
-    if rank() == 0:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path.with_suffix(".partial"))
-        os.replace(path.with_suffix(".partial"), path)
-
-
-def find_last(args):
-    """The checkpoint of an unfinished or finished run in --out, or None. Raises InputError if it was another run."""
-    path = Path(args.out, "last.pth")
-    there = [path.is_file()] * world()
-    if world() > 1:
-        dist.all_gather_object(there, path.is_file())
-    if len(set(there)) > 1:
-        raise InputError(f"--out {args.out}: some processes see its last.pth and some do not; all nodes must share the folder")
-    if not path.is_file():
-        return None
-    try:
-        checkpoint = read(path)
-        before = checkpoint["args"]
-    except (InputError, KeyError, TypeError):
-        raise InputError(f"{path}: not a checkpoint, or damaged; delete it or choose another --out") from None
-    now = vars(args)
-    # A flag that was not given may be missing: the run may be from before there was such a flag
-    changed = sorted(k for k in now.keys() | before.keys()
-                     if k not in MAY_CHANGE and (now.get(k) or None) != (before.get(k) or None))
-    if changed:
-        raise InputError(f"--out {args.out} holds a run with other arguments ("
-                         + ", ".join(f"--{k.replace('_', '-')} {before.get(k)}, now {now.get(k)}" for k in changed)
-                         + "); repeat them to resume it, or choose another --out")
-    if rank() == 0:
-        print(f"{args.out}: going on from step {checkpoint['step']}", flush=True)
-    return checkpoint
-
-
-class Log:
-    """One JSON line an epoch in log.jsonl (first process only): mean loss, and what the paper's Table L tells of a run."""
-
-    def __init__(self, out, device, model):
-        self.path, self.device, self.model = Path(out, "log.jsonl"), device, model
-        self.total, self.count, self.time = torch.zeros((), device=device), 0, time.time()
-
-    def add(self, loss):
-        self.total += loss.detach().float()
-        self.count += 1
-
-    def mean(self):
-        """Mean loss of this process since the epoch began. Raises FloatingPointError where it is not finite."""
-        mean = self.total.item() / max(1, self.count)
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss is {mean}; last.pth in {self.path.parent} is from before. "
-                                     "Try --precision fp32 or a lower --lr")
-        return mean
-
-    def write(self, **values):
-        """Write the line and begin the next epoch."""
-        loss = sum_over_processes(torch.tensor(self.mean(), device=self.device)).item() / world()
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        values |= {"loss": loss, "seconds": round(time.time() - self.time, 1), "processes": world(),
-                   "trainable_parameters": trained, "memory_gb": round(peak_memory(self.device) / 2**30, 2)}
-        if rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-        self.__init__(self.path.parent, self.device, self.model)
-
-    def report(self):
-        """Print the whole run's row of Table L, resumed parts included (first process)."""
-        if rank() == 0 and self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            hours = sum(line["seconds"] * line["processes"] for line in lines) / 3600
-            name = "GPU" if self.device.type == "cuda" else "process"
-            print(f"{self.path.parent}: {lines[-1]['trainable_parameters'] / 1e6:.1f} M trainable parameters, "
-                  f"{max(line['memory_gb'] for line in lines):.1f} GB per {name}, {hours:.2f} {name}-hours", flush=True)
-
-
-def peak_memory(device):
-    """Bytes at most so far: allocated on the GPU, or resident of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

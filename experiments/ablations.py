@@ -50,6 +50,7 @@ from distill import distillation_loss, features_at_points
 from errors import InputError, one_line_errors
 from index import CLASSES, CONDITIONS, load_index
 from probe import probe_loss
+from run_folder import Log, Saver, check_finite, find_last, save
 from waffleiron import WaffleIron
 
 
@@ -115,7 +116,7 @@ def build(args, device, out_channels=None, labels=False):
     out_channels: of WaffleIron's head (default: the image encoder's). labels: frames with labels and without images.
     """
     with training.first_process_first():
-        index = load_index(args.data, args.version)
+        index = load_index(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
         encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
@@ -123,7 +124,7 @@ def build(args, device, out_channels=None, labels=False):
     cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
                      "neighbors": args.neighbors}
     frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, None if labels else image_size, cloud,
-                    training=True, augment=True, labels=labels, seed=args.seed)
+                    training=True, augment=True, labels=labels, skip_bad=args.on_bad_frame == "skip", seed=args.seed)
     norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
     waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels or encoder.dim, norm=norm,
                             grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
@@ -151,7 +152,7 @@ def train(args, device, checkpoint, frames, model, loss_of, peaks, parts, conten
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    log = training.Log(args.out, device, model)
+    log, saver, bare = Log(args.out, device, model, checkpoint, len(frames)), Saver(args, batches.per_epoch, total), model
     model = training.distribute(model, device, find_unused_parameters=True)  # e.g. the final norm, for "prenorm"
 
     bar = tqdm(loader, args.ablation, initial=first, total=total, disable=training.rank() > 0, mininterval=2)
@@ -165,19 +166,18 @@ def train(args, device, checkpoint, frames, model, loss_of, peaks, parts, conten
         loss = loss * training.share(count, device)
         optimizer.zero_grad()
         loss.backward()
+        check_finite(loss, bare, step, args.out, batches, frames)
         optimizer.step()
 
-        log.add(loss)
+        log.add(loss, batch)
         done = step + 1
-        epoch_ends = done % batches.per_epoch == 0 or done == total
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", refresh=False)
-        if epoch_ends:
+        if done % batches.per_epoch == 0 or done == total:
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=group["lr"])
-        if epoch_ends or done % args.save_every == 0:
-            log.mean()  # raises rather than save what is not finite
-            training.save(os.path.join(args.out, "last.pth"), content | {name: part.state_dict() for name, part in parts.items()} | {
-                "optimizer": optimizer.state_dict(), "step": done, "total": total, "args": vars(args)})
+        if saver.due(done):
+            saver.save(content | {name: part.state_dict() for name, part in parts.items()} | {
+                "optimizer": optimizer.state_dict(), "step": done, "total": total, "log": log.state(), "args": vars(args)})
     log.report()
 
 
@@ -188,7 +188,7 @@ def no_stage1(argv):
     args = stage1.parse(argv)
     args.ablation = "no-stage1"
     device = training.start(args)
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
     _, waffleiron, frames, content = build(args, device, labels=True)
     waffleiron.head.requires_grad_(False)
     classifier = nn.Linear(args.channels, len(CLASSES) - 1).to(device)
@@ -223,7 +223,7 @@ def head_2d(argv):
 
 def head_2d_stage1(args, device):
     """WaffleIron without a head learns the features that the 2D head gives; the image encoder is frozen."""
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
     encoder, waffleiron, frames, content = build(args, device, out_channels=args.channels)
     encoder.requires_grad_(False)
     waffleiron.head = nn.Identity()
@@ -252,7 +252,7 @@ def head_2d_stage2(args, device):
         moved = {name: value for name, value in (("weights", args.weights), ("hub", args.hub)) if value}
         encoder = models.load_image_encoder(**before["encoder"] | moved).to(device)
     args.lr = models.of_family(args.lr, encoder)
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, before["image_size"], before["cloud"],
@@ -296,7 +296,7 @@ def joint(argv):
     device = training.start(args)
     encoder, waffleiron, frames, content = build(args, device)
     args.lr_2d = models.of_family(args.lr_2d, encoder)
-    checkpoint = training.find_last(args)
+    checkpoint = find_last(args)
 
     def loss_of(features, batch, step):
         if args.loss == "l2":
@@ -309,7 +309,7 @@ def joint(argv):
     train(args, device, checkpoint, frames, model, loss_of, [(encoder, args.lr_2d), (waffleiron, args.lr)],
           {"model": encoder.backbone, "point_model": waffleiron},
           {"kind": "image_encoder", "encoder": encoder.spec | {"image_size": content["image_size"]}})
-    training.save(os.path.join(args.out, "waffleiron.pth"), {"kind": "point_encoder"} | content | {
+    save(os.path.join(args.out, "waffleiron.pth"), {"kind": "point_encoder"} | content | {
         "model": waffleiron.state_dict(), "args": vars(args)})
 
 

@@ -23,6 +23,7 @@ from data import read_image
 from errors import InputError, one_line_errors
 from index import load_index
 from models import ENCODERS, ImageEncoder
+from run_folder import save
 from vit import Block, ViT
 
 
@@ -148,7 +149,7 @@ def main(argv=None):
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
     standardise(vit, ((images[:1000].float() / 255) - encoder.mean) / encoder.std)
-    training.save(args.out, {"kind": "image_encoder", "encoder": encoder.spec, "model": vit.state_dict(), "step": total,
+    save(args.out, {"kind": "image_encoder", "encoder": encoder.spec, "model": vit.state_dict(), "step": total,
                              "args": vars(args)})
     print(f"{args.out}: {len(images)} images, {total} steps, last loss {loss.item():.3f}, {time.time() - begin:.0f} s")
 

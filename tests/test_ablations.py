@@ -10,6 +10,7 @@ from torch import nn
 import probe
 import stage1
 import stage2
+import run_folder
 import training
 from conftest import ROOT
 from data import Frames, collate
@@ -156,7 +157,7 @@ def test_the_rates_follow_the_stages_schedules(world, head1, tmp_path, monkeypat
             patch.setattr(torch.optim.AdamW, "step", lambda self: found.append(self.param_groups[0]["lr"]))
             main(argv)
         return found
-    more = ["--steps", "10", "--save-every", "100", "--limit", "2"]
+    more = ["--steps", "10", "--limit", "2"]
     for name in ("no-stage1", "2d-head"):
         theirs = rates(stage1.main, stage1_args(world, tmp_path / f"{name}-1", *more))
         assert len(theirs) == 10 and theirs[0] == 0 < theirs[1]
@@ -290,16 +291,16 @@ KINDS = {"no-stage1": [], "2d-head": [], "2d-head after stage 1": [], "joint": [
 def test_a_stopped_ablation_goes_on_as_if_it_had_not(world, head1, tmp_path, kind, monkeypatch):
     def start(out):
         first = head1[0] if "after" in kind else None
-        ablations.main(command(kind.split()[0], world, out, "--steps", "4", "--save-every", "2", *KINDS[kind], first=first))
+        ablations.main(command(kind.split()[0], world, out, "--steps", "4", "--save-every", "0", *KINDS[kind], first=first))
     start(tmp_path / "through")
-    save = training.save
+    save = run_folder.save
 
     def save_and_stop(path, content):
         save(path, content)
         if content["step"] == 2:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save_and_stop)
+        patch.setattr(run_folder, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path / "stopped")
     start(tmp_path / "stopped")

@@ -11,7 +11,7 @@ import eval as evaluation
 import probe
 import stage1
 import stage2
-import training
+import run_folder
 from data import Frames
 from errors import InputError
 from experiments import corruptions
@@ -187,7 +187,7 @@ def test_images_change_and_points_do_not(world):
 def test_cameras_draw_each_for_itself(world):
     index = load_index(world)
     frames = CorruptedImages(index, [0], image_size=(80, 160), corruption="fog", severity=5)
-    index.image = index.image[:, [0, 0]]
+    index.image, index.image_size = index.image[:, [0, 0]], index.image_size[:, [0, 0]]
     assert not np.array_equal(frames.image(0, 0), frames.image(0, 1))
 
 
@@ -286,14 +286,14 @@ def test_stage2_on_corrupted_clouds(world, first, tmp_path, capsys):
 
 def test_a_stopped_stage2_goes_on_with_the_same_clouds_only(world, first, tmp_path, capsys, monkeypatch):
     argv = ["lidar", "density_decrease", "--severity", "2", "--", *stage2_args(world, first, tmp_path / "out", "--steps", "3",
-                                                                             "--save-every", "2")]
-    save = training.save
+                                                                             "--save-every", "0")]
+    save = run_folder.save
 
     def save_and_stop(path, content):
         save(path, content)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save_and_stop)
+        patch.setattr(run_folder, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             corruptions.main(argv)
     argv[3] = "1"

@@ -12,9 +12,9 @@ import torch
 import demo
 import eval as evaluation
 import probe
+import run_folder
 import stage1
 import stage2
-import training
 from conftest import ROOT
 from data import Frames, collate, read_labels, read_scan
 from index import load_index
@@ -189,7 +189,7 @@ def test_bf16_is_near_fp32(world, first, second, tmp_path):
 @pytest.mark.parametrize("script", ["stage1", "stage2", "probe", "finetune"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, script, monkeypatch):
     def start(out):
-        more = ["--steps", "6", "--save-every", "3"]
+        more = ["--steps", "6", "--save-every", "0"]  # a checkpoint after each step
         if script == "stage1":
             stage1.main(stage1_args(world, out, *more))
         elif script == "stage2":
@@ -200,19 +200,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, 
             probe.main(probe_args(world, "seg3d", first, out, *more))
 
     start(tmp_path / "through")
-    save = training.save
+    save = run_folder.save
 
     def save_and_stop(path, content):
         save(path, content)
         if content["step"] == 3 and str(path).endswith("last.pth"):
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save_and_stop)
+        patch.setattr(run_folder, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path / "stopped")
     assert torch.load(tmp_path / "stopped" / "last.pth", weights_only=True)["step"] == 3
     start(tmp_path / "stopped")
     assert largest_difference(model_of(tmp_path / "through"), model_of(tmp_path / "stopped")) == 0
+    assert [line["loss"] for line in lines(tmp_path / "through")] == [line["loss"] for line in lines(tmp_path / "stopped")]
     before = (tmp_path / "stopped" / "log.jsonl").read_text()
     start(tmp_path / "stopped")  # finished: nothing is done again
     assert (tmp_path / "stopped" / "log.jsonl").read_text() == before

@@ -1,6 +1,4 @@
 import argparse
-import json
-import math
 
 import pytest
 import torch
@@ -43,60 +41,6 @@ def test_processes_share_a_batch(monkeypatch):
 def test_too_few_items_for_a_batch():
     with pytest.raises(InputError, match="only 2 items"):
         training.Batches(items=2, batch=3, first=0, last=3, seed=1)
-
-
-def args_of(out, **changes):
-    return argparse.Namespace(**({"out": str(out), "lr": 1e-3, "workers": 1, "data": "here"} | changes))
-
-
-def test_checkpoints_are_found_and_other_arguments_refused(tmp_path):
-    args = args_of(tmp_path)
-    assert training.find_last(args) is None
-    training.save(tmp_path / "last.pth", {"step": 3, "args": vars(args)})
-    assert training.find_last(args)["step"] == 3
-    assert training.find_last(args_of(tmp_path, workers=4, data="there"))["step"] == 3
-    with pytest.raises(InputError, match="--lr 0.001, now 0.1"):
-        training.find_last(args_of(tmp_path, lr=0.1))
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]  # no temporary file stays
-
-
-def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    args = args_of(tmp_path)
-    training.save(tmp_path / "last.pth", {"step": 3, "args": vars(args)})
-
-    def crash(content, path):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-    monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(KeyboardInterrupt):
-        training.save(tmp_path / "last.pth", {"step": 4})
-    assert training.find_last(args)["step"] == 3
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    (tmp_path / "last.pth").write_bytes(b"half")
-    with pytest.raises(InputError, match="last.pth: not a checkpoint"):
-        training.find_last(args_of(tmp_path))
-
-
-def test_log_writes_the_mean_of_an_epoch(tmp_path, capsys):
-    model = torch.nn.Linear(999, 1000)
-    model.bias.requires_grad_(False)
-    log = training.Log(tmp_path, torch.device("cpu"), model)
-    for loss in (1.0, 2.0):
-        log.add(torch.tensor(loss))
-    log.write(epoch=1)
-    log.add(torch.tensor(5.0))
-    log.write(epoch=2)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines] == [1.5, 5.0]
-    assert [line["trainable_parameters"] for line in lines] == [999000, 999000] and lines[0]["memory_gb"] > 0.1
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line | {"seconds": 1800, "processes": 4}) + "\n" for line in lines))
-    log.report()
-    assert "1.0 M trainable parameters" in (report := capsys.readouterr().out) and "4.00 process-hours" in report
-    log.add(torch.tensor(math.nan))
-    with pytest.raises(FloatingPointError, match="nan"):
-        log.write(epoch=3)
 
 
 def test_images_become_floats():

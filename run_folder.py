@@ -1,0 +1,263 @@
+"""A run's folder: checkpoints, the log, and what happens when a run is interrupted or goes astray.
+
+OUT/last.pth is the newest checkpoint, OUT/previous.pth the one before it, OUT/log.jsonl has a line an epoch. A checkpoint is written
+to a temporary file, flushed to the disk and renamed: whenever a run is killed, one of the two is whole, and the command that
+started the run goes on from it as if nothing had happened.
+"""
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from checkpoints import read
+from errors import InputError
+from training import rank, sum_over_processes, world
+
+# Arguments that a resumed run may be given anew
+MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart"}
+BAD_FRAMES = 0.01  # the part of the frames that --on-bad-frame skip leaves out at most
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
+
+def save(path, content):
+    """Write a checkpoint in the first process, all of it or nothing; the last.pth before it is kept as previous.pth.
+
+    Raises InputError where it cannot be written (a full disk); what was there before is still there then.
+    """
+    if rank() > 0:
+        return
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save's writer turns the first into the second
+        partial.unlink(missing_ok=True)
+        there = f"{path.name} is as it was" if path.is_file() else "nothing was saved before"
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}): it needs {_bytes(content) / 1e6:.0f} MB, "
+                         f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free; {there}. Make room, then repeat the command") from None
+    if path.name == "last.pth" and path.is_file():
+        os.replace(path, path.with_name("previous.pth"))
+    os.replace(partial, path)
+
+
+def _bytes(content):
+    """Size of all tensors in nested containers."""
+    if torch.is_tensor(content):
+        return content.numel() * content.element_size()
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return sum(map(_bytes, parts))
+
+
+def find_last(args):
+    """The newest whole checkpoint of the run in --out, finished or not, or None. Raises InputError if it was another run.
+
+    A last.pth that cannot be read is named and set aside, and previous.pth is taken. With --restart another run's files are set
+    aside too, into OUT/replaced-N.
+    """
+    out = Path(args.out)
+    files = [path for path in (out / "last.pth", out / "previous.pth") if path.is_file()]
+    there = [bool(files)] * world()
+    if world() > 1:
+        dist.all_gather_object(there, bool(files))
+    if len(set(there)) > 1:
+        raise InputError(f"--out {args.out}: some processes see its last.pth and some do not; all nodes must share the folder")
+    checkpoint, damaged = None, []
+    for path in files:
+        try:
+            found = read(path)
+            if not isinstance(found["args"], dict) or not isinstance(found["step"], int):
+                raise TypeError
+        except (InputError, KeyError, TypeError):
+            damaged.append(path)
+            continue
+        checkpoint = found
+        break
+    if files and checkpoint is None:
+        raise InputError(f"{damaged[0]}: not a checkpoint, or damaged; delete it or choose another --out")
+    if checkpoint is None:
+        return None
+    if world() > 1:
+        dist.barrier()  # all have read before anything is moved
+    changed = _changed(vars(args), checkpoint["args"])
+    if changed and args.restart:
+        _set_aside(out)
+        return None
+    if changed:
+        raise InputError(f"--out {args.out} holds a run with other arguments ({changed}); repeat them to resume it, choose another "
+                         "--out, or add --restart to set that run's files aside")
+    if rank() == 0:
+        for path in damaged:
+            path.rename(path.with_suffix(".damaged"))
+            print(f"{path}: not a checkpoint, or damaged; set aside as {path.stem}.damaged, previous.pth is taken", flush=True)
+        print(f"{args.out}: going on from step {checkpoint['step']}", flush=True)
+    return checkpoint
+
+
+def _changed(now, before):
+    """The arguments that differ, in words; "" for none."""
+    # A flag that was not given may be missing: the run may be from before there was such a flag
+    names = sorted(k for k in now.keys() | before.keys() if k not in MAY_CHANGE and (now.get(k) or None) != (before.get(k) or None))
+    return ", ".join(f"--{k.replace('_', '-')} {before.get(k)}, now {now.get(k)}" for k in names)
+
+
+def _set_aside(out):
+    if rank() == 0:
+        aside = next(path for path in (out / f"replaced-{n}" for n in range(1, 10**6)) if not path.exists())
+        aside.mkdir()
+        for path in [*out.glob("*.pth"), *out.glob("*.json*")]:
+            path.rename(aside / path.name)
+        print(f"--restart: the run in {out} is now in {aside}", flush=True)
+
+
+class Saver:
+    """When to write last.pth: at each epoch's end, every --save-every minutes, and after SIGTERM or Ctrl-C, which end the run there."""
+
+    def __init__(self, args, per_epoch, total):
+        self.out, self.minutes, self.per_epoch, self.total = Path(args.out), args.save_every, per_epoch, total
+        self.time, self.signal, self.done = time.time(), 0, 0
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _remember(self, number, _):
+        # More of them change nothing: torchrun and schedulers pass on one that each process has had already.
+        if not self.signal and rank() == 0:
+            print(f"\n{signal.Signals(number).name}: saving after this step (SIGQUIT, Ctrl-\\, ends at once)", flush=True)
+        self.signal = number
+
+    def due(self, done):
+        """Whether to save after `done` steps; all processes agree."""
+        asked = torch.tensor([self.signal, time.time() - self.time >= 60 * self.minutes])
+        if world() > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)  # on the CPU: a signal reaches the processes in different steps
+        self.signal, late = asked.tolist()
+        self.done = done
+        return bool(self.signal or late or done % self.per_epoch == 0 or done == self.total)
+
+    def save(self, content):
+        """Write last.pth; after a signal also end this process, with the exit code of a process that the signal ended."""
+        save(self.out / "last.pth", content)
+        self.time = time.time()
+        if self.done == self.total:
+            for number, handler in getattr(self, "before", {}).items():
+                signal.signal(number, handler)
+        elif self.signal:
+            if world() > 1:
+                dist.barrier()  # the others wait until the first one has written
+            if rank() == 0:
+                print(f"{self.out}: stopped by {signal.Signals(self.signal).name} after step {self.done} of {self.total}; "
+                      "the command that started it goes on from here", flush=True)
+            sys.exit(128 + self.signal)
+
+
+# ---- what runs away -----------------------------------------------------------------------------------------------------
+
+def check_finite(loss, model, step, out, batches, frames):
+    """Stop the run, before the weights are touched, where the loss or a gradient is not finite.
+
+    The names of this process's frames in this step (`frames.name` of what `batches` drew) are saved in OUT/not-finite.json.
+    Raises InputError.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if torch.isfinite(loss) & torch.isfinite(norm):
+        return
+    path = Path(out, f"not-finite-{rank()}.json" if world() > 1 else "not-finite.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"step": step, "loss": loss.item(), "gradient_norm": norm.item(),
+                                "frames": [frames.name(key) for key in batches.of(step)]}, indent=1))
+    raise InputError(f"step {step}: the loss is {loss.item():.3g} and its gradient's norm {norm.item():.3g}; no weight was touched, the "
+                     f"frames of this step are in {path}. Try a lower --lr or --precision fp32, and look at these frames")
+
+
+# ---- the log ------------------------------------------------------------------------------------------------------------
+
+class Log:
+    """One JSON line an epoch in log.jsonl (first process only): mean loss, what the paper's Table L tells of a run, bad frames.
+
+    checkpoint: what the run goes on from, or None; its "log" is `state()`. Lines of steps that are done again are dropped.
+    frames: how many there are; more than 1 % of bad ones raise InputError.
+    """
+
+    def __init__(self, out, device, model, checkpoint=None, frames=0):
+        self.path, self.device, self.model, self.frames, self.bad = Path(out, "log.jsonl"), device, model, frames, []
+        self._begin(**(checkpoint or {}).get("log", {}))
+        if rank() == 0 and self.path.is_file():
+            step = checkpoint["step"] if checkpoint else 0
+            kept = [line for line in self._lines() if line.get("step", 0) <= step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def _begin(self, total=0.0, count=0, seconds=0.0):
+        self.total, self.count, self.time = torch.tensor(total, dtype=torch.float32, device=self.device), count, time.time() - seconds
+
+    def _lines(self):
+        for line in self.path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:  # cut short when the run was killed
+                continue
+
+    def add(self, loss, batch=()):
+        """Count a step's loss, and the frames that were left out of its batch."""
+        self.total += loss.detach().float()
+        self.count += 1
+        self.bad += [reason for reason in (batch["bad"] if "bad" in batch else ()) if reason not in self.bad]
+        if len(self.bad) > BAD_FRAMES * self.frames / world():
+            raise InputError(f"{len(self.bad)} of {self.frames} frames are bad, more than {BAD_FRAMES:.0%}: {'; '.join(self.bad[:3])}"
+                             + "; ..." * (len(self.bad) > 3))
+
+    def mean(self):
+        """Mean loss of this process since the epoch began."""
+        return self.total.item() / max(1, self.count)
+
+    def state(self):
+        """What a checkpoint keeps of the epoch that is under way. All processes must call it."""
+        total = sum_over_processes(self.total.clone()).item() / world()
+        return {"total": total, "count": self.count, "seconds": time.time() - self.time}
+
+    def write(self, **values):
+        """Write the line and begin the next epoch. All processes must call it."""
+        loss = sum_over_processes(torch.tensor(self.mean(), device=self.device)).item() / world()
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        values |= {"loss": loss, "seconds": round(time.time() - self.time, 1), "processes": world(),
+                   "trainable_parameters": trained, "memory_gb": round(peak_memory(self.device) / 2**30, 2)}
+        bad = [self.bad]
+        if world() > 1:
+            bad = [None] * world()
+            dist.all_gather_object(bad, self.bad)
+        if bad := sorted(set().union(*bad)):
+            values["bad_frames"] = bad
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        self._begin()
+
+    def report(self):
+        """Print the whole run's row of Table L, resumed parts included (first process)."""
+        if rank() == 0 and self.path.is_file():
+            lines = list(self._lines())
+            hours = sum(line["seconds"] * line["processes"] for line in lines) / 3600
+            name = "GPU" if self.device.type == "cuda" else "process"
+            print(f"{self.path.parent}: {lines[-1]['trainable_parameters'] / 1e6:.1f} M trainable parameters, "
+                  f"{max(line['memory_gb'] for line in lines):.1f} GB per {name}, {hours:.2f} {name}-hours", flush=True)
+            if bad := {reason for line in lines for reason in line.get("bad_frames", ())}:
+                print(f"{len(bad)} bad frames were left out; {self.path} names them", flush=True)
+
+
+def peak_memory(device):
+    """Bytes at most so far: allocated on the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
