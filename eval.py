@@ -1,7 +1,7 @@
 """Metrics by condition, and the table that sets probes side by side.
 
     python eval.py runs/probe-a runs/probe-b                                # evaluate what is not yet, print the table
-    torchrun --nproc_per_node 4 eval.py runs/probe-a runs/probe-b           # the same, on 4 GPUs
+    torchrun --standalone --nproc_per_node 4 eval.py runs/probe-a runs/probe-b           # the same, on 4 GPUs
 
 Each probe is evaluated once on the validation split, into results.json beside its last.pth. The table is printed and written
 to OUT.md and OUT.json. Collaborative-distillation paper, Sec. 4.2 and C.3.

@@ -3,7 +3,7 @@ segmentation of nuImages.
 
 Collaborative-distillation paper, Sec. 4.2 and C.3; --task seg3d: ScaLR, supplement B.3. The bare command is the paper's run:
 
-    torchrun --nproc_per_node 4 probe.py --data /data/nuscenes --encoder runs/s2 --task seg --out runs/probe-cd
+    torchrun --standalone --nproc_per_node 4 probe.py --data /data/nuscenes --encoder runs/s2 --task seg --out runs/probe-cd
     python probe.py --data /data/nuscenes --encoder dinov2_vits14 --task depth --out runs/probe-depth     # without stage 2
     python probe.py --data /data/nuscenes --encoder runs/s1 --task seg3d --out runs/probe-3d              # stage 1's WaffleIron
     python probe.py --data /data/nuscenes --encoder runs/s2 --task seg --finetune --percent 1             # Table 1, 1% FT

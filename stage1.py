@@ -2,7 +2,7 @@
 
 Collaborative-distillation paper, Sec. 3.1; the loss and the recipe are ScaLR's. The bare command is the paper's run:
 
-    torchrun --nproc_per_node 4 stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1     # N GPUs
+    torchrun --standalone --nproc_per_node 4 stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1     # N GPUs
     python stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1                          # one GPU
     python stage1.py ... --device cpu --channels 64 --depth 4 --limit 100 --steps 20                      # a try on a CPU
 

@@ -4,7 +4,7 @@ Collaborative-distillation paper, Sec. 3.2: stage 1's loss and weights with the 
 conditions. The encoder, its feature, the image size and WaffleIron's shape come from stage 1's checkpoint. With ScaLR's
 released WaffleIron there is no need of one (Table D, second row): --stage1 WI_768-.../model.pth --encoder dinov2_vitl14.
 
-    torchrun --nproc_per_node 4 stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2     # N GPUs
+    torchrun --standalone --nproc_per_node 4 stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2     # N GPUs
     python stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2                          # one GPU
     python stage2.py ... --device cpu --limit 100 --batch 4 --steps 20                             # a try on a CPU
 

@@ -151,13 +151,13 @@ class Batches:
 def load(dataset, batches, collate, workers, device):
     """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_alone)
+                      pin_memory=device.type == "cuda", worker_init_fn=_outlive_signals)
 
 
-def _leave_signals_alone(_):
-    """A loading process outlives Ctrl-C, which reaches it too: the process that it works for decides when all is saved."""
+def _outlive_signals(_):
+    """A loading process lives on after Ctrl-C or a scheduler's SIGTERM: the process that it works for ends it when all is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))  # a second one is that end
 
 
 def to_device(batch, device):

@@ -2,7 +2,7 @@
 
 Collaborative-distillation paper, Sec. 4.4, B.7, B.10, B.11. Segmentation is mIoU in %, depth RMSE in m, of linear probes on nuScenes;
 all numbers are the paper's: ViT-S/14, whose own are 49.2 and 8.37, and after CD 51.9 and 7.64. From the repository's root, or with
-`torchrun --nproc_per_node N -m experiments.ablations`:
+`torchrun --standalone --nproc_per_node N -m experiments.ablations`:
 
     python -m experiments.ablations no-stage1 --data DATA --encoder dinov2_vits14 --out runs/labels     # flags of stage1.py
     python stage2.py --data DATA --stage1 runs/labels --out runs/no-stage1
