@@ -99,6 +99,17 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch, cr
     assert find_last(args)["step"] == 3
 
 
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut after the rename must not find the new name on an old or empty content."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("flushed"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(str(b)), replace(a, b)))
+    for _ in range(2):
+        save(tmp_path / "last.pth", {"step": 3})
+    last, previous = str(tmp_path / "last.pth"), str(tmp_path / "previous.pth")
+    assert done == ["flushed", last, "flushed", previous, last]
+
+
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
     """A limit on the size of files is to a writer what a full disk is."""
     args = args_of(tmp_path)
