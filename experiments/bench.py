@@ -8,7 +8,9 @@ expanded index, the feature map up-sampled to the image before pixels are read; 
 voxels by np.unique of rows. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, and
 the table has the ratios' median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences
 are relative to the largest entry of their tensor, in float32 and eval(): in train() the straightforward formulation's padding
-enters BatchNorm. Forward is timed as in stage 2, backward as in stage 1, in train(); steps with a learning rate of 0.
+enters BatchNorm. They are rounding (tests/test_bench.py has them in float64), but where two neighbours of a point tie to rounding in
+the embedding's maximum, another one gets the gradient: then a few entries of a weight's gradient differ by up to 1e-2.
+Forward is timed as in stage 2, backward as in stage 1, in train(); steps with a learning rate of 0.
 
 On a CPU the bare command takes one view and 3 of the 48 layers, one on each plane. The embedding costs the same at any depth, so
 these ratios are too low; those of 48 layers are computed below the table, from the row and 15 times the row "layers only".
@@ -35,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import models
 import training
-from data import CLOUD, Frames, collate, nearest_neighbors, plane_sizes
+from data import CLOUD, Frames, collate, plane_sizes
 from distill import DIRECTIONS, distillation_loss, sample_features
 from errors import InputError, one_line_errors
 from index import load_index
@@ -283,30 +285,27 @@ def step_cases(encoder, model, batch, image_size, device, wide=1024):
 
 
 def linear_cost(items, channels, args, device):
-    """Markdown: our forward and backward of so many points, which come in whole views but for the last one, thinned out to fit."""
+    """Markdown: our forward and backward of so many points, which come in whole views but for the last one, cut to fit."""
     lines = [f"| WI-{args.depth}-{channels}, forward + backward, here | views | time | a point |", "|---|---:|---:|---:|"]
-    for count in args.points:
-        views, missing = [], count
-        while missing > 0:
-            item = items[len(views) % len(items)]
-            keep = torch.linspace(0, len(item["feats"]) - 1, min(missing, len(item["feats"]))).round().long()
-            near = torch.from_numpy(nearest_neighbors(item["feats"][keep, 1:4].numpy(), CLOUD["neighbors"]))
-            views.append({"feats": item["feats"][keep], "cells": item["cells"][:, keep], "neighbors": near})
-            missing -= len(keep)
-        case = waffleiron_cases(channels, args.depth, channels, training.to_device(collate(views), device), device)[0][1]
-        time_s = median([seconds(lambda: case.run(False, args.precision), device) for _ in range(1 + args.repeats)][1:])
-        lines.append(f"| {count:,} points | {len(views)} | {time_s * 1e3:,.0f} ms | {time_s / count * 1e6:,.0f} µs |")
+    views = collate(items * (1 + max(args.points) // sum(len(item["feats"]) for item in items)))
+    for count in args.points:   # a neighbour beyond the cut becomes the last point: it costs the same
+        batch = {"feats": views["feats"][:count], "cells": views["cells"][:, :count], "batch": views["batch"][:count],
+                 "neighbors": views["neighbors"][:count].clamp(max=count - 1)}
+        case = waffleiron_cases(channels, args.depth, channels, training.to_device(batch, device), device)[0][1]
+        if len(lines) == 2:
+            case.run(False, args.precision)   # warm-up
+        time_s = median(seconds(lambda: case.run(False, args.precision), device) for _ in range(min(2, args.repeats)))
+        lines.append(f"| {count:,} points | {batch['batch'][-1] + 1} | {time_s * 1e3:,.0f} ms | {time_s / count * 1e6:,.0f} µs |")
     return "\n".join(lines)
 
 
-def loader_rate(frames, args):
-    """Frames/s of the DataLoader with args.workers processes once it runs; the files are in the system's memory by then."""
-    batches = [[(i, (i * args.batch + n) % len(frames)) for n in range(args.batch)] for i in range(20 * args.workers)]
-    loader = iter(training.load(frames, batches, collate, args.workers, torch.device("cpu")))
-    for _ in range(args.workers):
-        next(loader)
-    begin = time.perf_counter()
-    return sum(len(batch["image"]) for batch in loader) / (time.perf_counter() - begin)
+def loader_rate(frames, batch, workers):
+    """Frames/s of a DataLoader with so many processes, its first batches aside; the files are in the system's memory by then."""
+    batches = [[(i, (i * batch + n) % len(frames)) for n in range(batch)] for i in range(20 * workers)]
+    loader, begin = training.load(frames, batches, collate, workers, torch.device("cpu")), None
+    for number, _ in enumerate(loader, 1):
+        begin = time.perf_counter() if number == workers else begin
+    return 19 * workers * batch / (time.perf_counter() - begin)
 
 
 def hardware(device):
@@ -372,7 +371,7 @@ def main(argv=None):
         print(f"{time.time() - start:4.0f} s: {case.name}", file=sys.stderr, flush=True)
         rows.append(measure(case, args.precision, args.repeats))
     linear = linear_cost(items, args.widths[0], args, device)
-    loader = f"{loader_rate(frames, args):.0f} frames/s, {args.workers} processes" if args.workers else "not run"
+    loader = f"{loader_rate(frames, args.batch, args.workers):.0f} frames/s, {args.workers} processes" if args.workers else "not run"
 
     # ---- tables ----
     stage1, deep = rows[-3], []
