@@ -8,8 +8,8 @@ expanded index, the feature map up-sampled to the image before pixels are read; 
 voxels by np.unique of rows. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, and
 the table has the ratios' median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences
 are relative to the largest entry of their tensor, in float32 and eval(): in train() the straightforward formulation's padding
-enters BatchNorm. They are rounding (tests/test_bench.py has them in float64), but where two neighbours of a point tie to rounding in
-the embedding's maximum, another one gets the gradient: then a few entries of a weight's gradient differ by up to 1e-2.
+enters BatchNorm. They are rounding (tests/test_bench.py has them in float64), which now and then puts an input of a ReLU on the
+other side of 0: then one point's part of one hidden unit's gradient is missing in one of them, up to 1e-2 of the largest entry.
 Forward is timed as in stage 2, backward as in stage 1, in train(); steps with a learning rate of 0.
 
 On a CPU the bare command takes one view and 3 of the 48 layers, one on each plane. The embedding costs the same at any depth, so
@@ -296,7 +296,7 @@ def linear_cost(items, channels, args, device):
         case = waffleiron_cases(channels, args.depth, channels, training.to_device(batch, device), device)[0][1]
         if len(lines) == 2:
             case.run(False, args.precision)   # warm-up
-        time_s = median(seconds(lambda: case.run(False, args.precision), device) for _ in range(min(2, args.repeats)))
+        time_s = seconds(lambda: case.run(False, args.precision), device)
         lines.append(f"| {count:,} points | {batch['batch'][-1] + 1} | {time_s * 1e3:,.0f} ms | {time_s / count * 1e6:,.0f} µs |")
     return "\n".join(lines)
 
