@@ -103,7 +103,7 @@ class Embedding(nn.Module):
         self.norm = BatchNorm(in_channels)
         self.point = nn.Linear(in_channels, channels)
         self.edges = nn.Sequential(BatchNorm(in_channels), nn.Linear(in_channels, channels, bias=False),
-                                   BatchNorm(channels), nn.ReLU(), nn.Linear(channels, channels, bias=False))
+                                   BatchNorm(channels), nn.ReLU(inplace=True), nn.Linear(channels, channels, bias=False))
         self.final = nn.Linear(2 * channels, channels)
 
     def forward(self, feats, neighbors):
@@ -155,7 +155,7 @@ def initial_scale(channels):
 
 
 NORMS = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}  # in place: a plane less to keep for the backward pass
 HEADS = {"linear": lambda channels, hidden, out: nn.Linear(channels, out),
          "batchnorm": lambda channels, hidden, out: nn.Sequential(BatchNorm(channels), nn.Linear(channels, out)),
          "mlp": lambda channels, hidden, out: nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, out))}
