@@ -167,7 +167,7 @@ class Frames(torch.utils.data.Dataset):
         cloud: as `CLOUD`, for the 3D encoder's inputs; None: all visible points, no inputs of the 3D encoder.
         training: a random point of each voxel; False: the first. augment: rotate and flip the cloud.
         labels: read lidarseg. max_depth: keep the nearest point of each pixel, up to this depth [m].
-        skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` says why, a line for each.
+        skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has its number and why.
         every_point: with "scan", labels of all points, and `nearest` of those that the 3D encoder gets; no limit on them.
 
     An item is a dict: condition (index into CONDITIONS); image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized
@@ -216,7 +216,7 @@ class Frames(torch.utils.data.Dataset):
         return (self.index.lidar[row] if camera is None else self.index.image[row, camera]).decode()
 
     def __getitem__(self, key):
-        return next_good(self.view, key, len(self)) if self.skip_bad else self.view(key)
+        return next_good(self, key) if self.skip_bad else self.view(key)
 
     def view(self, key):
         """One item; InputError if it cannot be read."""
@@ -267,16 +267,17 @@ class Frames(torch.utils.data.Dataset):
         return item | {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
 
 
-def next_good(view, key, count):
-    """view(key), or the next of the `count` items that can be read; its `bad` says why those before it cannot, a line for each."""
+def next_good(frames, key):
+    """frames.view(key), or the next item that can be read; its `bad` is [(frame number, why it cannot be read)] of those before it."""
     epoch, number = key
     bad = []
-    for step in range(min(count, 100)):
+    for step in range(min(len(frames), 100)):
+        other = epoch, (number + step) % len(frames)
         try:
-            return view((epoch, (number + step) % count)) | {"bad": bad}
+            return frames.view(other) | {"bad": bad}
         except InputError as error:
-            bad.append(str(error))
-    raise InputError(f"{len(bad)} frames in a row cannot be read, the last: {bad[-1]}")
+            bad.append((int(frames.locate(other)[0]), str(error)))
+    raise InputError(f"{len(bad)} items in a row cannot be read, the last: {bad[-1][1]}")
 
 
 def collate(items):

@@ -73,7 +73,7 @@ def feature_spread(features):
     The variance of the L2-normalised features around their mean, in [0, 1]: 0 where all are the same. The effective rank (Roy
     and Vetterli, 2007), exp of the entropy of the covariance's normalised eigenvalues, in [1, D]: how many directions they use.
     """
-    f = F.normalize(features[::max(1, len(features) // 2048)].float(), dim=1)
+    f = F.normalize(features[::max(1, -(-len(features) // 2048))].float(), dim=1)
     f = f - f.mean(0)
     eigenvalues = torch.linalg.eigvalsh(f.T @ f / max(1, len(f))).clamp(min=0)  # [D]
     shares = eigenvalues / eigenvalues.sum().clamp(min=1e-12)

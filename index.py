@@ -3,12 +3,14 @@
     python index.py --data /data/nuscenes       # build the index, check every file, print the counts
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +42,12 @@ class Index:
     coarse: np.ndarray       # [256] lidarseg's fine label -> index into CLASSES, or UNKNOWN
     bad: np.ndarray          # [F] b"", or why the frame cannot be used
 
-    def select(self, split, conditions=CONDITIONS, limit=None, percent=100):
+    def select(self, split, conditions=CONDITIONS, limit=None, percent=100, skip_bad=False):
         """Frame numbers of a split under these conditions, at most `limit`, spread evenly over the scenes' order.
 
         percent: keep every (100 / percent)-th of the split's scenes in the order of their names: with 1 those 7 of nuScenes'
-        700 training scenes that SLidR's and ScaLR's 1 % of the labels are.
+        700 training scenes that SLidR's and ScaLR's 1 % of the labels are. Raises InputError for none, and, unless skip_bad, if
+        one of them is bad.
         """
         wanted = np.isin(self.condition, [CONDITIONS.index(c) for c in conditions])
         scenes = np.unique(self.scene[self.split == split.encode()])[::100 // percent]
@@ -54,6 +57,8 @@ class Index:
         if len(rows) == 0:
             raise InputError(f"--data {self.root}: no frame of split '{split}' under {', '.join(conditions)}; "
                              f"`python index.py --data {self.root}` prints what is there")
+        if (bad := self.bad[rows][self.bad[rows] != b""]).size and not skip_bad:
+            raise InputError(f"--data {self.root}: {len(bad)} of {len(rows)} frames are bad, the first: {bad[0].decode()}")
         return rows
 
     def summary(self):
@@ -76,12 +81,12 @@ def condition_of(description):
     return CONDITIONS.index("night" if "night" in text else "day-rain" if "rain" in text else "day-clear")
 
 
-def load_index(root, version="v1.0-trainval", here=False, skip_bad=False):
+def load_index(root, version="v1.0-trainval", here=False):
     """The `Index` of a nuScenes root, from the cache if the tables have not changed since it was written.
 
     It is built by this file run as a script unless `here`, so that a training process never holds the devkit's tables.
-    Raises InputError for a wrong root or version, for files that the tables name but that are not there, and, unless skip_bad,
-    for a frame whose scan is cut short or whose calibration is no pose.
+    Raises InputError for a wrong root or version and for files that the tables name but that are not there. A frame whose scan
+    is cut short or whose calibration is no pose is `bad`.
     """
     root = Path(root).resolve()
     tables = root / version
@@ -90,47 +95,78 @@ def load_index(root, version="v1.0-trainval", here=False, skip_bad=False):
         raise InputError(f"--data {root}: " + (
             f"no --version {version}; there is {', '.join(there)}" if there else
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
-    fields = cached(root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
+    fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
     index = Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
     for row in np.flatnonzero(index.bad != b""):  # was it repaired since?
         if b"calibration" not in index.bad[row]:
             index.bad[row] = _damage(root, index.lidar[row].decode(), index.lidarseg[row].decode(), np.char.decode(index.image[row])).encode()
-    if (bad := index.bad[index.bad != b""]).size and not skip_bad:
-        raise InputError(f"--data {root}: {len(bad)} of {len(index.bad)} frames are bad, the first: {bad[0].decode()}")
     return index
 
 
-def cached(root, tables, script, arguments, here, build):
-    """What `build` reads from the JSON `tables` (folders) of a dataset: {name: array}, from the cache while no table changes.
+def cached(kind, root, tables, script, arguments, here, build):
+    """What `build` reads from the JSON `tables` (folders) of a dataset: {name: array}, the fields of `kind` but for its root.
 
-    The arrays are mapped from the cache's files, so all processes of a machine share their memory. Where they are not there
-    yet, `build` runs if `here`, else `script --data ROOT *arguments` does as a process of its own. Raises InputError as they do.
+    From the cache while no table changes. The arrays are mapped from its files, so all processes of a machine share their
+    memory. Where they are not there, or damaged, `build` runs if `here`, else `script --data ROOT *arguments` does, as a
+    process of its own. Raises InputError as they do.
     """
     state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for folder in tables for p in sorted(folder.glob("*.json"))]
     key = hashlib.sha256(repr((FORMAT, Path(script).name, arguments, state)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "collaborative-distillation", key)
-    if not cache.is_dir() and here:
-        partial = cache.with_suffix(f".{os.getpid()}")
-        fields = build()
-        partial.mkdir(parents=True)
-        for name, values in fields.items():
-            np.save(partial / f"{name}.npy", values, allow_pickle=False)
+    names = {field.name for field in dataclasses.fields(kind)} - {"root"}
+    for _ in range(2):
         try:
-            partial.rename(cache)
-        except OSError:
-            if not cache.is_dir():  # else another process was first
-                raise
-            shutil.rmtree(partial)
-    elif not cache.is_dir():
+            return {name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False)) for name in names}
+        except (OSError, ValueError, EOFError):  # not there, or not whole
+            if cache.is_dir():
+                shutil.rmtree(cache)
+        if here:
+            fields = build()
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=cache.parent))
+            for name, values in fields.items():
+                with (partial / f"{name}.npy").open("wb") as file:
+                    np.save(file, values, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+            with contextlib.suppress(OSError):  # another process was first
+                partial.rename(cache)
+            shutil.rmtree(partial, ignore_errors=True)
+            continue
         done = subprocess.run([sys.executable, script, "--data", str(root), *arguments], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["killed, perhaps for memory"])[-1]
             raise InputError(reason.partition("error: ")[2] or f"--data {root}: reading the tables failed: {reason}")
-    return {file.stem: np.asarray(np.load(file, mmap_mode="c", allow_pickle=False)) for file in cache.glob("*.npy")}
+    raise InputError(f"{cache}: the index cannot be kept there; mend that folder, or set XDG_CACHE_HOME to another")
+
+
+@contextlib.contextmanager
+def damage_named(root, version):
+    """What goes wrong in reading tables becomes an InputError: a damaged one can raise nearly anything."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--data {root}: nuscenes-devkit cannot read {version} ({type(error).__name__}: {error}); "
+                         "extract its tables again".replace("\n", " ")) from None
 
 
 def _read_tables(root, version):
     """The fields of `Index` from the dataset's own tables, through nuscenes-devkit."""
+    with damage_named(root, version):
+        frames, coarse, cameras = _read_frames(root, version)
+        strings = {"scene", "split", "lidar", "lidarseg", "image", "bad"}
+        fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
+        count, shapes = len(fields["scene"]), {"image_size": (2,), "cam_from_lidar": (4, 4), "intrinsics": (3, 3)}
+        for name, shape in shapes.items():
+            if fields[name].shape != (count, len(cameras), *shape) or fields[name].dtype.kind not in "iuf":
+                raise ValueError(f"{name} of some image is not {' x '.join(map(str, shape))} numbers")
+    return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
+
+
+def _read_frames(root, version):
+    """Lists by name of `Index`'s fields, one entry a frame; the classes of fine labels; the cameras' names."""
     from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
     from nuscenes.nuscenes import NuScenes
     from nuscenes.utils.geometry_utils import transform_matrix
@@ -138,14 +174,14 @@ def _read_tables(root, version):
     from pyquaternion import Quaternion
 
     def pose(record, inverse=False):
+        if len(record["translation"]) != 3 or len(record["rotation"]) != 4:
+            raise ValueError(f"pose {record['token']} has a translation of {len(record['translation'])} numbers and a rotation of "
+                             f"{len(record['rotation'])}")
         if not abs(np.linalg.norm(record["rotation"]) - 1) < 1e-3:  # no rotation; the devkit would go on with any other
             return np.full((4, 4), np.nan)
         return transform_matrix(record["translation"], Quaternion(record["rotation"]), inverse)
 
-    try:
-        nusc = NuScenes(version, root, verbose=False)
-    except (AssertionError, KeyError, ValueError, OSError) as error:
-        raise InputError(f"--data {root}: nuscenes-devkit cannot open {version}: {error}; extract it again") from None
+    nusc = NuScenes(version, root, verbose=False)
     prefix = "mini_" if version == "v1.0-mini" else ""
     splits = create_splits_scenes()
     split_of = {scene: name for name in ("train", "val", "test") for scene in splits.get(prefix + name, ())}
@@ -185,9 +221,7 @@ def _read_tables(root, version):
     frames["bad"] = [_damage(root, *paths) if good else f"{paths[0]}: the calibration or ego pose of it or of one of its images is none "
                      "(a rotation of length 0, or numbers that are not finite); extract the tables again"
                      for good, paths in zip(posed, zip(frames["lidar"], frames["lidarseg"], frames["image"]))]
-    strings = {"scene", "split", "lidar", "lidarseg", "image", "bad"}
-    fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
-    return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
+    return frames, coarse, cameras
 
 
 def check_files(root, paths):
@@ -219,7 +253,7 @@ def main():
     parser.add_argument("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
     parser.add_argument("--version", default="v1.0-trainval", help="version folder (default: %(default)s)")
     args = parser.parse_args()
-    index = load_index(args.data, args.version, here=True, skip_bad=True)
+    index = load_index(args.data, args.version, here=True)
     print(index.summary())
     for reason in index.bad[index.bad != b""]:
         print(f"bad: {reason.decode()}")

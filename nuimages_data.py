@@ -18,7 +18,7 @@ from PIL import Image
 from data import next_good, read_image
 from errors import InputError, one_line_errors
 from index import CLASSES as NUSCENES_CLASSES
-from index import cached, check_files
+from index import cached, check_files, damage_named
 
 SPLITS = ("train", "val")
 CLASSES = NUSCENES_CLASSES[:NUSCENES_CLASSES.index("driveable_surface") + 1]  # ignore, the 10 classes of objects, the road
@@ -36,7 +36,7 @@ class ImageIndex:
     start: np.ndarray        # [M + 1]: start[m]:start[m + 1] are the bytes of mask m
     runs: np.ndarray         # [start[M]] uint8: run lengths, as pycocotools packs them
 
-    def select(self, split, limit=None, percent=100):
+    def select(self, split, limit=None, percent=100, skip_bad=False):
         """Image numbers of a split, at most `limit`, spread evenly; percent: every (100 / percent)-th in the order of file names."""
         rows = np.flatnonzero(self.split == split.encode())[::100 // percent]
         if limit is not None and limit < len(rows):
@@ -46,17 +46,42 @@ class ImageIndex:
         return rows
 
     def labels(self, row):
-        """The classes uint8 [H, W] of an image's pixels: surfaces, then objects over them; 0 where nothing is labelled."""
+        """The classes uint8 [H, W] of an image's pixels: surfaces, then objects over them; 0 where nothing is labelled.
+
+        Raises InputError for a damaged mask.
+        """
         from pycocotools.mask import decode
         classes = np.zeros(self.image_size[row], np.uint8)
         for m in range(self.first[row], self.first[row + 1]):
-            mask = {"size": self.image_size[row].tolist(), "counts": self.runs[self.start[m]:self.start[m + 1]].tobytes()}
-            classes[decode(mask) == 1] = self.kind[m]
+            runs = self.runs[self.start[m]:self.start[m + 1]]
+            if covered(runs) != classes.size:  # pycocotools would leave the rest of the mask to chance
+                raise InputError(f"{self.root}: a mask of {self.image[row].decode()} is damaged: its runs do not cover the image; "
+                                 "extract the tables again")
+            classes[decode({"size": list(classes.shape), "counts": runs.tobytes()}) == 1] = self.kind[m]
         return classes
 
     def summary(self):
         """The counts per split as a printable line."""
         return f"{self.root}: " + ", ".join(f"{(self.split == split.encode()).sum()} images of {split}" for split in SPLITS)
+
+
+def covered(runs):
+    """How many pixels run lengths as pycocotools packs them cover, uint8 [bytes] -> int; -1 where they are none.
+
+    A number takes bytes of 48 + 5 bits, the lowest first, + 32 but for its last one, whose bit 16 is the sign; from the fourth on
+    it is the difference to the number two before.
+    """
+    bits = runs.astype(np.int64) - 48
+    last = bits & 32 == 0
+    if len(bits) == 0 or bits.min() < 0 or bits.max() > 63 or not last[-1]:
+        return -1
+    begin = np.flatnonzero(np.append(True, last[:-1]))
+    place = 5 * (np.arange(len(bits)) - np.repeat(begin, np.diff(np.append(begin, len(bits)))))
+    numbers = np.add.reduceat((bits & 31) << place, begin)
+    numbers -= np.where(bits[last] & 16, 1 << (place[last] + 5), 0)  # a negative one
+    for n in (1, 2):  # those two apart
+        numbers[n::2] = np.cumsum(numbers[n::2])
+    return int(numbers.sum()) if (numbers >= 0).all() else -1
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -74,12 +99,16 @@ class LabelledImages(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
+    def locate(self, key):
+        """(image number,) of (epoch, number)."""
+        return (self.rows[key[1]],)
+
     def name(self, key):
         """An item's image."""
         return self.index.image[self.rows[key[1]]].decode()
 
     def __getitem__(self, key):
-        return next_good(self.view, key, len(self)) if self.skip_bad else self.view(key)
+        return next_good(self, key) if self.skip_bad else self.view(key)
 
     def view(self, key):
         """One item; InputError if it cannot be read."""
@@ -92,8 +121,8 @@ class LabelledImages(torch.utils.data.Dataset):
                 "labels": torch.from_numpy(labels[tuple(pixels.T)].astype(np.int64))}
 
 
-def load_nuimages(root, version=None, here=False, skip_bad=False):
-    """The `ImageIndex` of a nuImages root with v1.0-train and v1.0-val (`version` has no meaning: they are the splits; nor has `skip_bad`).
+def load_nuimages(root, version=None, here=False):
+    """The `ImageIndex` of a nuImages root with v1.0-train and v1.0-val (`version` has no meaning: they are the splits).
 
     Cached and built as `index.load_index` does. Raises InputError for a wrong root and for images that are not there.
     """
@@ -104,7 +133,7 @@ def load_nuimages(root, version=None, here=False, skip_bad=False):
         raise InputError(f"--data {root}: not a nuImages root: no v1.0-train or v1.0-val with an object_ann.json"
                          + (f"; there is {there}" if there else "") + "; download nuImages, or make a miniature one with "
                          "miniature/world.py --dataset nuimages")
-    return ImageIndex(root=str(root), **cached(root, tables, __file__, [], here, lambda: _read_tables(root, tables)))
+    return ImageIndex(root=str(root), **cached(ImageIndex, root, tables, __file__, [], here, lambda: _read_tables(root, tables)))
 
 
 def _read_tables(root, tables):
@@ -118,25 +147,23 @@ def _read_tables(root, tables):
 
     images, kinds, runs = [], [], []  # images: split, path, size, number of masks
     for folder in tables:
-        try:
+        with damage_named(root, folder.name):
             nuim = NuImages(folder.name, str(root))
             kind = {category["token"]: class_of(category["name"]) for category in nuim.category}
             masks = defaultdict(list)
             for mark in [*nuim.surface_ann, *sorted(nuim.object_ann, key=lambda mark: mark["token"])]:  # as the devkit draws them
                 if mark["mask"] is not None:
-                    masks[mark["sample_data_token"]].append((kind[mark["category_token"]], mark["mask"]))
+                    counts = base64.b64decode(mark["mask"]["counts"], validate=True)
+                    masks[mark["sample_data_token"]].append((kind[mark["category_token"]], mark["mask"]["size"], counts))
             views = [nuim.get("sample_data", sample["key_camera_token"]) for sample in nuim.sample]
-        except (AssertionError, KeyError, ValueError, OSError) as error:
-            raise InputError(f"--data {root}: nuscenes-devkit cannot open {folder.name}: {error}; extract it again") from None
-        for view in sorted(views, key=lambda view: view["filename"]):
-            size = [view["height"], view["width"]]
-            images.append((folder.name.removeprefix("v1.0-"), view["filename"], size, len(masks[view["token"]])))
-            for number, mask in masks[view["token"]]:
-                if mask["size"] != size:
-                    raise InputError(f"--data {root}: {folder.name}: a mask of size {mask['size']} for {view['filename']} of {size}; "
-                                     "extract it again")
+            views = [(view["filename"], [int(view["height"]), int(view["width"])], view["token"]) for view in views]
+        for file, size, token in sorted(views):
+            images.append((folder.name.removeprefix("v1.0-"), file, size, len(masks[token])))
+            for number, mask_size, counts in masks[token]:
+                if mask_size != size:
+                    raise InputError(f"--data {root}: {folder.name}: a mask of size {mask_size} for {file} of {size}; extract it again")
                 kinds.append(number)
-                runs.append(base64.b64decode(mask["counts"]))
+                runs.append(counts)
     split, image, size, count = zip(*images)
     check_files(root, image)
     return {"split": np.array(split, np.bytes_), "image": np.array(image, np.bytes_), "image_size": np.array(size),

@@ -199,18 +199,18 @@ def main(argv=None):
     checkpoint = find_last(args)
     load, dataset, classes = (load_nuimages, LabelledImages, NUIMAGES) if args.task == "nuimages" else (load_index, Frames, CLASSES)
     with training.first_process_first():
-        index = load(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
+        index = load(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     encoder = encoder.to(device).eval().requires_grad_(args.finetune)  # in eval() also where it is trained, as in stage 2
-    rows = index.select("train", limit=args.limit, percent=args.percent or 100)
+    skip_bad = args.on_bad_frame == "skip"
+    rows = index.select("train", limit=args.limit, percent=args.percent or 100, skip_bad=skip_bad)
     if args.percent and training.rank() == 0:
         which = ", ".join(np.unique(index.scene[rows]).astype(str)) if load is load_index else f"{len(rows)} images, by file name"
         print(f"{args.percent} % of the training {'scenes' if load is load_index else 'set'}: {which}", flush=True)
-    options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed,
-                   skip_bad=args.on_bad_frame == "skip")
+    options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
     frames = dataset(index, rows, args.cameras, image_size, cloud, training=not args.cache,
-                    augment=cloud is not None and not args.cache, **options)
+                    augment=cloud is not None and not args.cache, skip_bad=skip_bad, **options)
     held_out = dataset(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
     mine = range(training.rank(), len(held_out), training.world())
     mine = [[(0, number) for number in mine[start:start + 16]] for start in range(0, len(mine), 16)]
@@ -249,9 +249,9 @@ def main(argv=None):
     # ---- loop ----
     best = checkpoint.get("best", float("inf")) if checkpoint else float("inf")
     validate_every = max(1, total // batches.per_epoch // 10)  # epochs: ten times a run, however short an epoch is
-    log, saver = Log(args.out, device, trained, checkpoint, len(frames)), Saver(args, batches.per_epoch, total)
+    log, saver = Log(args.out, device, trained, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, f"probe {args.task}", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
-    for step, batch in enumerate(bar, first):
+    for step, batch in saver.guard(enumerate(bar, first)):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("factor", 1.0)

@@ -4,6 +4,8 @@ OUT/last.pth is the newest checkpoint, OUT/previous.pth the one before it, OUT/l
 to a temporary file, flushed to the disk and renamed: whenever a run is killed, one of the two is whole, and the command that
 started the run goes on from it as if nothing had happened.
 """
+import contextlib
+import errno
 import json
 import os
 import resource
@@ -43,11 +45,19 @@ def save(path, content):
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save's writer turns the first into the second
-        partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns a failed write into a RuntimeError of its own
+        cause = error if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) else error.__context__
+        if cause is None:
+            raise
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        room = ""
+        if getattr(cause, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            room = f": it needs {_bytes(content) / 1e6:.0f} MB, {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
         there = f"{path.name} is as it was" if path.is_file() else "nothing was saved before"
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}): it needs {_bytes(content) / 1e6:.0f} MB, "
-                         f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free; {there}. Make room, then repeat the command") from None
+        raise InputError(f"{path}: cannot be written ({str(cause).splitlines()[0]}){room}; {there}. "
+                         f"{'Make room' if room else 'Choose another --out, or mend this one'}, then repeat the command") from None
     if path.name == "last.pth" and path.is_file():
         os.replace(path, path.with_name("previous.pth"))
     os.replace(partial, path)
@@ -68,29 +78,31 @@ def find_last(args):
     aside too, into OUT/replaced-N.
     """
     out = Path(args.out)
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"--out {out}: {above} is {'no folder' if not above.is_dir() else 'a folder that cannot be written to'}; choose another")
     files = [path for path in (out / "last.pth", out / "previous.pth") if path.is_file()]
-    there = [bool(files)] * world()
-    if world() > 1:
-        dist.all_gather_object(there, bool(files))
-    if len(set(there)) > 1:
-        raise InputError(f"--out {args.out}: some processes see its last.pth and some do not; all nodes must share the folder")
     checkpoint, damaged = None, []
     for path in files:
         try:
             found = read(path)
-            if not isinstance(found["args"], dict) or not isinstance(found["step"], int):
-                raise TypeError
-        except (InputError, KeyError, TypeError):
+            if not (isinstance(found, dict) and isinstance(found.get("args"), dict) and isinstance(found.get("step"), int)):
+                raise InputError(f"{path}: not a checkpoint of a run")
+        except InputError:
             damaged.append(path)
             continue
         checkpoint = found
         break
+    what = [checkpoint and checkpoint["step"], *map(str, damaged)]
+    everyone = [what] * world()
+    if world() > 1:
+        dist.all_gather_object(everyone, what)  # nothing is moved before all have read
+    if any(other != what for other in everyone):
+        raise InputError(f"--out {args.out}: the processes do not find the same checkpoint there; all nodes must share the folder")
     if files and checkpoint is None:
         raise InputError(f"{damaged[0]}: not a checkpoint, or damaged; delete it or choose another --out")
     if checkpoint is None:
         return None
-    if world() > 1:
-        dist.barrier()  # all have read before anything is moved
     changed = _changed(vars(args), checkpoint["args"])
     if changed and args.restart:
         _set_aside(out)
@@ -127,39 +139,48 @@ class Saver:
 
     def __init__(self, args, per_epoch, total):
         self.out, self.minutes, self.per_epoch, self.total = Path(args.out), args.save_every, per_epoch, total
-        self.time, self.signal, self.done = time.time(), 0, 0
+        self.time, self.done = time.time(), 0
+        self.asked = 0  # the signal that this process had
+        self.stop = 0   # the signal that all processes know of, since the last `due`
+
+    def guard(self, loop):
+        """Yield from `loop`; while it runs, SIGTERM and Ctrl-C are remembered instead of obeyed."""
+        before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield from loop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _remember(self, number, _):
         # More of them change nothing: torchrun and schedulers pass on one that each process has had already.
-        if not self.signal and rank() == 0:
-            print(f"\n{signal.Signals(number).name}: saving after this step (SIGQUIT, Ctrl-\\, ends at once)", flush=True)
-        self.signal = number
+        if not self.asked and rank() == 0:
+            os.write(1, f"\n{signal.Signals(number).name}: saving after this step (SIGQUIT, Ctrl-\\, ends at once)\n".encode())
+        self.asked = number
 
     def due(self, done):
-        """Whether to save after `done` steps; all processes agree."""
-        asked = torch.tensor([self.signal, time.time() - self.time >= 60 * self.minutes])
+        """Whether to save after `done` steps. All processes must call it, and agree."""
+        flags = torch.tensor([self.asked, time.time() - self.time >= 60 * self.minutes])
         if world() > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)  # on the CPU: a signal reaches the processes in different steps
-        self.signal, late = asked.tolist()
+            dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU: a signal reaches the processes in different steps, or only one
+        self.stop, late = flags.tolist()
         self.done = done
-        return bool(self.signal or late or done % self.per_epoch == 0 or done == self.total)
+        return bool(self.stop or late or done % self.per_epoch == 0 or done == self.total)
 
     def save(self, content):
         """Write last.pth; after a signal also end this process, with the exit code of a process that the signal ended."""
         save(self.out / "last.pth", content)
         self.time = time.time()
-        if self.done == self.total:
-            for number, handler in getattr(self, "before", {}).items():
-                signal.signal(number, handler)
-        elif self.signal:
-            if world() > 1:
-                dist.barrier()  # the others wait until the first one has written
-            if rank() == 0:
-                print(f"{self.out}: stopped by {signal.Signals(self.signal).name} after step {self.done} of {self.total}; "
-                      "the command that started it goes on from here", flush=True)
-            sys.exit(128 + self.signal)
+        if not self.stop or self.done == self.total:
+            return
+        if world() > 1:
+            dist.barrier()  # the others wait until the first one has written
+        if rank() == 0:
+            print(f"{self.out}: stopped by {signal.Signals(self.stop).name} after step {self.done} of {self.total}; "
+                  "the command that started it goes on from here", flush=True)
+        sys.exit(128 + self.stop)
 
 
 # ---- what runs away -----------------------------------------------------------------------------------------------------
@@ -191,31 +212,59 @@ class Log:
     """
 
     def __init__(self, out, device, model, checkpoint=None, frames=0):
-        self.path, self.device, self.model, self.frames, self.bad = Path(out, "log.jsonl"), device, model, frames, []
-        self._begin(**(checkpoint or {}).get("log", {}))
+        self.path, self.device, self.model, self.frames = Path(out, "log.jsonl"), device, model, frames
+        state = dict((checkpoint or {}).get("log", {}))
+        self.bad = state.pop("bad", {})  # frame number -> what is wrong with it; since the run began
+        self._begin(**state)
         if rank() == 0 and self.path.is_file():
             step = checkpoint["step"] if checkpoint else 0
-            kept = [line for line in self._lines() if line.get("step", 0) <= step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            kept = [json.dumps(line) for line in self._lines() if line.get("step", 0) <= step]
+            if kept != self.path.read_text().splitlines():
+                self._replace("".join(f"{line}\n" for line in kept))
 
     def _begin(self, total=0.0, count=0, seconds=0.0):
         self.total, self.count, self.time = torch.tensor(total, dtype=torch.float32, device=self.device), count, time.time() - seconds
 
     def _lines(self):
         for line in self.path.read_text().splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):  # cut short when the run was killed
                 yield json.loads(line)
-            except json.JSONDecodeError:  # cut short when the run was killed
-                continue
 
-    def add(self, loss, batch=()):
+    def _replace(self, text):
+        partial = self.path.with_suffix(".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            os.replace(partial, self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); it is as it was. Make room, then repeat the command") from None
+
+    def append(self, **values):
+        """One more line, at once (first process)."""
+        if rank() == 0:
+            self._replace((self.path.read_text() if self.path.is_file() else "") + json.dumps(values) + "\n")
+
+    def add(self, loss, batch=None):
         """Count a step's loss, and the frames that were left out of its batch."""
         self.total += loss.detach().float()
         self.count += 1
-        self.bad += [reason for reason in (batch["bad"] if "bad" in batch else ()) if reason not in self.bad]
-        if len(self.bad) > BAD_FRAMES * self.frames / world():
-            raise InputError(f"{len(self.bad)} of {self.frames} frames are bad, more than {BAD_FRAMES:.0%}: {'; '.join(self.bad[:3])}"
-                             + "; ..." * (len(self.bad) > 3))
+        self._leave_out((batch or {}).get("bad", ()))
+
+    def _leave_out(self, found):
+        for frame, reason in found:
+            self.bad.setdefault(frame, reason)
+        if len(self.bad) > BAD_FRAMES * self.frames:
+            raise InputError(f"{len(self.bad)} of {self.frames} frames are bad, more than {BAD_FRAMES:.0%}: "
+                             + "; ".join([*self.bad.values()][:3]) + "; ..." * (len(self.bad) > 3))
+
+    def _share_bad(self):
+        """Let all processes know of the bad frames that each has met."""
+        everyone = [list(self.bad.items())] * world()
+        if world() > 1:
+            dist.all_gather_object(everyone, list(self.bad.items()))
+        self._leave_out(sum(everyone, []))
 
     def mean(self):
         """Mean loss of this process since the epoch began."""
@@ -223,8 +272,9 @@ class Log:
 
     def state(self):
         """What a checkpoint keeps of the epoch that is under way. All processes must call it."""
+        self._share_bad()
         total = sum_over_processes(self.total.clone()).item() / world()
-        return {"total": total, "count": self.count, "seconds": time.time() - self.time}
+        return {"total": total, "count": self.count, "seconds": time.time() - self.time, "bad": dict(self.bad)}
 
     def write(self, **values):
         """Write the line and begin the next epoch. All processes must call it."""
@@ -232,27 +282,21 @@ class Log:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         values |= {"loss": loss, "seconds": round(time.time() - self.time, 1), "processes": world(),
                    "trainable_parameters": trained, "memory_gb": round(peak_memory(self.device) / 2**30, 2)}
-        bad = [self.bad]
-        if world() > 1:
-            bad = [None] * world()
-            dist.all_gather_object(bad, self.bad)
-        if bad := sorted(set().union(*bad)):
-            values["bad_frames"] = bad
-        if rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+        self._share_bad()
+        if self.bad:
+            values["bad_frames"] = [*self.bad.values()]
+        self.append(**values)
         self._begin()
 
     def report(self):
         """Print the whole run's row of Table L, resumed parts included (first process)."""
-        if rank() == 0 and self.path.is_file():
-            lines = list(self._lines())
+        lines = [line for line in self._lines() if "seconds" in line] if rank() == 0 and self.path.is_file() else []
+        if lines:
             hours = sum(line["seconds"] * line["processes"] for line in lines) / 3600
             name = "GPU" if self.device.type == "cuda" else "process"
             print(f"{self.path.parent}: {lines[-1]['trainable_parameters'] / 1e6:.1f} M trainable parameters, "
                   f"{max(line['memory_gb'] for line in lines):.1f} GB per {name}, {hours:.2f} {name}-hours", flush=True)
-            if bad := {reason for line in lines for reason in line.get("bad_frames", ())}:
+            if bad := lines[-1].get("bad_frames"):
                 print(f"{len(bad)} bad frames were left out; {self.path} names them", flush=True)
 
 

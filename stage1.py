@@ -61,15 +61,16 @@ def main(argv=None):
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
+        index = load_index(args.data, args.version)
         encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
     cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
                      "neighbors": args.neighbors}
-    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, image_size, cloud,
-                    training=True, augment=True, skip_bad=args.on_bad_frame == "skip", seed=args.seed)
+    skip_bad = args.on_bad_frame == "skip"
+    frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, image_size, cloud,
+                    training=True, augment=True, skip_bad=skip_bad, seed=args.seed)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -92,9 +93,9 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log, saver = Log(args.out, device, waffleiron, checkpoint, len(frames)), Saver(args, batches.per_epoch, total)
+    log, saver = Log(args.out, device, waffleiron, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 1", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
-    for step, batch in enumerate(bar, first):
+    for step, batch in saver.guard(enumerate(bar, first)):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -85,11 +85,12 @@ def main(argv=None, dataset=Frames, **more):
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
+        index = load_index(args.data, args.version)
     if training.rank() == 0:
         print(index.summary(), flush=True)
-    frames = dataset(index, index.select("train", args.conditions, args.limit), args.cameras, image_size,
-                     stage1.get("cloud", CLOUD), training=True, skip_bad=args.on_bad_frame == "skip", seed=args.seed)
+    skip_bad = args.on_bad_frame == "skip"
+    frames = dataset(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, image_size,
+                     stage1.get("cloud", CLOUD), training=True, skip_bad=skip_bad, seed=args.seed)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -111,9 +112,9 @@ def main(argv=None, dataset=Frames, **more):
 
     # ---- loop ----
     spread = before = checkpoint["spread"] if checkpoint else None  # now, and before the first step
-    log, saver = Log(args.out, device, encoder, checkpoint, len(frames)), Saver(args, batches.per_epoch, total)
+    log, saver = Log(args.out, device, encoder, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
-    for step, batch in enumerate(bar, first):
+    for step, batch in saver.guard(enumerate(bar, first)):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -136,13 +137,15 @@ def main(argv=None, dataset=Frames, **more):
         if before is None or done % 50 == 0 or epoch_ends:
             spread = feature_spread(pixel_features)
             before = before or spread
-            collapsed = [f"{name} {before[name]:.3g} -> {spread[name]:.3g}" for name in spread if spread[name] < COLLAPSED * before[name]]
+            collapsed = [f"{name} {before[name]:.3g} -> {spread[name]:.3g}" for name, least in (("feature_variance", 0), ("effective_rank", 1))
+                         if spread[name] - least < COLLAPSED * (before[name] - least)]
             if collapsed and training.rank() == 0:
                 bar.write(f"step {done}: the image encoder's features collapse, {', '.join(collapsed)}; try a lower --lr")
+                log.append(step=done, collapse=collapsed)
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
         if epoch_ends:
-            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr, **spread, collapsed=bool(collapsed))
+            log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr, **spread)
         if saver.due(done):
             saver.save({
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},

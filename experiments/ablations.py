@@ -116,15 +116,16 @@ def build(args, device, out_channels=None, labels=False):
     out_channels: of WaffleIron's head (default: the image encoder's). labels: frames with labels and without images.
     """
     with training.first_process_first():
-        index = load_index(args.data, args.version, skip_bad=args.on_bad_frame == "skip")
+        index = load_index(args.data, args.version)
         encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
     cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
                      "neighbors": args.neighbors}
-    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, None if labels else image_size, cloud,
-                    training=True, augment=True, labels=labels, skip_bad=args.on_bad_frame == "skip", seed=args.seed)
+    skip_bad = args.on_bad_frame == "skip"
+    frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras,
+                    None if labels else image_size, cloud, training=True, augment=True, labels=labels, skip_bad=skip_bad, seed=args.seed)
     norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
     waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels or encoder.dim, norm=norm,
                             grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
@@ -152,11 +153,11 @@ def train(args, device, checkpoint, frames, model, loss_of, peaks, parts, conten
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    log, saver, bare = Log(args.out, device, model, checkpoint, len(frames)), Saver(args, batches.per_epoch, total), model
+    log, saver, bare = Log(args.out, device, model, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total), model
     model = training.distribute(model, device, find_unused_parameters=True)  # e.g. the final norm, for "prenorm"
 
     bar = tqdm(loader, args.ablation, initial=first, total=total, disable=training.rank() > 0, mininterval=2)
-    for step, batch in enumerate(bar, first):
+    for step, batch in saver.guard(enumerate(bar, first)):
         for group in optimizer.param_groups:
             group["lr"] = training.cosine(step, total, group["peak"], args.end_lr, warmup)
         batch = training.to_device(batch, device)
@@ -255,8 +256,9 @@ def head_2d_stage2(args, device):
     checkpoint = find_last(args)
     if training.rank() == 0:
         print(index.summary(), flush=True)
-    frames = Frames(index, index.select("train", args.conditions, args.limit), args.cameras, before["image_size"], before["cloud"],
-                    training=True, seed=args.seed)
+    skip_bad = args.on_bad_frame == "skip"
+    frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, before["image_size"],
+                    before["cloud"], training=True, skip_bad=skip_bad, seed=args.seed)
     waffleiron = WaffleIron(**before["waffleiron"])
     waffleiron.head = nn.Identity()
     waffleiron.load_state_dict(before["model"])

@@ -23,7 +23,8 @@ def test_one_percent_are_every_hundredth_training_scene():
     train = create_splits_scenes()["train"]
     scenes = np.array([name for name in reversed(train) for _ in range(3)] + ["scene-0003"], np.bytes_)
     frames = {field.name: None for field in dataclasses.fields(index.Index)} | {
-        "scene": scenes, "split": np.array([b"train"] * 2100 + [b"val"]), "condition": np.arange(2101) % 3}
+        "scene": scenes, "split": np.array([b"train"] * 2100 + [b"val"]), "condition": np.arange(2101) % 3,
+        "bad": np.zeros(2101, "S1")}
     found = index.Index(**frames)
     rows = found.select("train", percent=1)
     assert len(rows) == 21 and sorted(set(scenes[rows].astype(str))) == sorted(train)[::100]
@@ -51,8 +52,13 @@ def test_the_index_is_built_by_another_process_with_the_same_errors(tmp_path, wo
     scan = sorted((root / "samples" / "LIDAR_TOP").iterdir())[0]
     content = scan.read_bytes()
     scan.write_bytes(content[:-7])
-    with pytest.raises(InputError, match=f"--data {root}: .*not 20 a point"):
+    assert b"not 20 a point" in (found := index.load_index(root)).bad[found.lidar == str(scan.relative_to(root)).encode()][0]
+    table = root / "v1.0-trainval/ego_pose.json"
+    poses = table.read_text()
+    table.write_text("[")
+    with pytest.raises(InputError, match=f"--data {root}: nuscenes-devkit cannot read v1.0-trainval .JSONDecodeError"):
         index.load_index(root)
+    table.write_text(poses)
     scan.write_bytes(content)
     assert (index.load_index(root).condition == index.load_index(world).condition).all()
 
@@ -78,4 +84,6 @@ def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
         labels = sorted((root / "lidarseg" / "v1.0-trainval").iterdir())[0]
         labels.write_bytes(labels.read_bytes()[:-1])
     with pytest.raises(InputError, match=message):
-        index.load_index(root, here=True)
+        found = index.load_index(root, here=True)
+        for split in ("train", "val"):
+            found.select(split)

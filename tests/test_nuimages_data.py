@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as run_lengths
 
@@ -41,7 +43,7 @@ def write(root, split, samples):
         tables["sample_data"].append({"token": name, "sample_token": f"s-{name}", "filename": file, "height": SIZE[0], "width": SIZE[1],
                                       "is_key_frame": True})
         for table, marks in (("surface_ann", surfaces), ("object_ann", objects)):
-            tables[table] += [{"token": f"{k}", "sample_data_token": name, "category_token": category, "mask": mask}
+            tables[table] += [{"token": f"{9 - k}", "sample_data_token": name, "category_token": category, "mask": mask}
                               for k, (category, mask) in enumerate(marks)]
     (root / f"v1.0-{split}").mkdir()
     for table, rows in tables.items():
@@ -54,14 +56,14 @@ def drawn(tmp_path):
     road = polygon((0, 90), (160, 90), (100, 40), (60, 40))
     write(tmp_path, "train", {
         "b": ([("flat.driveable_surface", road), ("vehicle.ego", rectangle(0, 80, 160, 90))],
-              [("vehicle.car", rectangle(60, 30, 90, 60)), ("human.pedestrian.child", rectangle(80, 20, 100, 50)), ("vehicle.car", None)]),
+              [("human.pedestrian.child", rectangle(80, 20, 100, 50)), ("vehicle.car", None), ("vehicle.car", rectangle(60, 30, 90, 60))]),
         "a": ([], [])})
     write(tmp_path, "val", {"c": ([], [("human.pedestrian.child", rectangle(0, 0, 160, 45))])})
     return tmp_path
 
 
 def test_masks_are_the_polygons(drawn):
-    found = load_nuimages(drawn)
+    found = load_nuimages(drawn, here=True)
     assert found.image.tolist() == [b"samples/CAM_FRONT/a.jpg", b"samples/CAM_FRONT/b.jpg", b"samples/CAM_FRONT/c.jpg"]
     labels = found.labels(1)
     expected = np.zeros(SIZE, int)
@@ -77,15 +79,15 @@ def test_masks_are_the_polygons(drawn):
 
 
 def test_labels_stay_with_their_pixels_when_the_image_shrinks(drawn):
-    item = LabelledImages(load_nuimages(drawn), [2], "all", (30, 40))[0, 0]
+    item = LabelledImages(load_nuimages(drawn, here=True), [2], "all", (30, 40))[0, 0]
     assert item["image"].shape == (3, 30, 40)
     assert item["pixels"].tolist() == [[row, col] for row in range(15) for col in range(40)]  # the upper half
     assert (item["labels"] == PERSON).all()
-    assert len(LabelledImages(load_nuimages(drawn), [0], "all", (30, 40))[0, 0]["labels"]) == 0
+    assert len(LabelledImages(load_nuimages(drawn, here=True), [0], "all", (30, 40))[0, 0]["labels"]) == 0
 
 
 def test_percent_and_limit(drawn):
-    found = load_nuimages(drawn)
+    found = load_nuimages(drawn, here=True)
     assert found.select("train").tolist() == [0, 1] and found.select("val").tolist() == [2] and found.select("train", limit=1).tolist() == [0]
     found.split = np.array([b"train"] * 250 + [b"val"] * 50)
     assert found.select("train", percent=1).tolist() == [0, 100, 200] and found.select("val", percent=10).tolist() == [250, 260, 270, 280, 290]
@@ -105,7 +107,7 @@ def test_wrong_roots_are_named(tmp_path, drawn):
         LabelledImages(None, [0], "CAM_FRONT", SIZE)
     (drawn / "samples/CAM_FRONT/c.jpg").unlink()
     with pytest.raises(InputError, match="1 of 3 files .* missing, the first is samples/CAM_FRONT/c.jpg"):
-        load_nuimages(drawn)
+        load_nuimages(drawn, here=True)
     table = drawn / "v1.0-val/object_ann.json"
     rows = json.loads(table.read_text())
     rows[0]["mask"]["size"] = [1, 1]
@@ -113,7 +115,7 @@ def test_wrong_roots_are_named(tmp_path, drawn):
     with pytest.raises(InputError, match=r"v1.0-val: a mask of size \[1, 1\]"):
         load_nuimages(drawn, here=True)
     table.write_text("[")
-    with pytest.raises(InputError, match="cannot open v1.0-val"):
+    with pytest.raises(InputError, match="cannot read v1.0-val"):
         load_nuimages(drawn, here=True)
 
 
@@ -186,6 +188,38 @@ def test_the_miniature_is_not_taken_for_nuscenes_nor_the_other_way(miniature, wo
         make_world(miniature, seed=3, train=(6, 2, 2), val=2, frames=1, cameras=2, workers=1)
 
 
-def test_the_index_of_a_read_only_root_is_built_by_another_process(miniature, monkeypatch):
+def test_the_index_is_built_by_another_process(miniature, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nuimages_data, "_read_tables", None)  # not here
     assert len(load_nuimages(miniature).image) == 32
+
+
+# ---- damaged masks ----
+
+def test_runs_cover_what_they_cover():
+    rng = np.random.default_rng(0)
+    for density in (0, 0.01, 0.3, 0.5, 1):
+        for shape in ((1, 1), (7, 5), (90, 160), (900, 1600)):
+            mask = np.asfortranarray(rng.random(shape) < density, np.uint8)
+            runs = np.frombuffer(run_lengths.encode(mask)["counts"], np.uint8)
+            assert nuimages_data.covered(runs) == mask.size
+            if len(runs) > 1:
+                assert nuimages_data.covered(runs[:-1]) != mask.size
+    assert nuimages_data.covered(np.zeros(0, np.uint8)) == -1
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(place=st.integers(0, 10**6), content=st.binary(max_size=4))
+def test_any_mask(drawn, place, content):
+    """A mask is drawn only if all its runs are there: then it is what pycocotools says, of zeros and ones."""
+    found = load_nuimages(drawn, here=True)
+    runs, start = found.runs.tobytes(), found.start.copy()
+    place %= int(start[1])
+    runs = runs[:place] + content + runs[place + 1:]  # in the first mask
+    found.start, found.runs = np.append(0, start[1:] + len(content) - 1), np.frombuffer(runs, np.uint8)
+    try:
+        labels = found.labels(1)
+    except InputError as error:
+        assert "a mask of samples/CAM_FRONT/b.jpg is damaged" in str(error)
+    else:
+        assert set(np.unique(labels)) <= {0, CAR, ROAD, PERSON}

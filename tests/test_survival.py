@@ -107,19 +107,19 @@ def test_twenty_kills_change_nothing(world, first, tmp_path, script):
     plan = named + [(None, None)] * 12
     rng.shuffle(plan)
     steps = []
-    for moment, n in plan:
+    while kills < 20:
+        moment, n = plan[kills]
         process = context.Process(target=attempt, args=(script, argv, moment, n))
         process.start()
         # late enough to have begun, early enough that 20 of them leave something to do
-        process.join(None if moment else rng.uniform(0.05, 0.25) * seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        process.join(None if moment else rng.uniform(0.02, 0.1) * seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it finished before its kill"
+        kills += 1
         if any((out / f"{name}.pth").is_file() for name in ("last", "previous")):
-            steps.append(max(torch.load(path, weights_only=True)["step"] for path in out.glob("*s*.pth") if is_whole(path)))
-    assert kills == 20 or steps[-1] == 30
-    assert kills >= 15 and steps == sorted(steps), (kills, steps)  # never back
+            steps.append(max(step for path in out.glob("*s*.pth") if (step := step_if_whole(path)) is not None))
+    assert steps == sorted(steps) and 0 < steps[-1] < 30, steps  # never back
     final = context.Process(target=attempt, args=(script, argv, None, None))
     final.start()
     final.join()
@@ -127,15 +127,16 @@ def test_twenty_kills_change_nothing(world, first, tmp_path, script):
     assert largest_difference(model_of(tmp_path / "through"), model_of(out)) == 0
     a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True)["optimizer"]["state"] for name in ("through", "killed"))
     assert all(torch.equal(a[key][name], b[key][name]) for key in a for name in ("exp_avg", "exp_avg_sq", "step"))
-    assert [line["loss"] for line in lines(tmp_path / "through")] == [line["loss"] for line in lines(out)]
+    a, b = ([(line["step"], line.get("loss"), line.get("collapse")) for line in lines(folder)] for folder in (tmp_path / "through", out))
+    assert a == b
     assert not list(out.glob("*.damaged"))
 
 
-def is_whole(path):
+def step_if_whole(path):
     try:
-        return bool(torch.load(path, weights_only=True))
+        return torch.load(path, weights_only=True)["step"]
     except Exception:
-        return False
+        return None
 
 
 # ---- stopped --------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,8 @@ def test_a_stopped_run_says_how_to_go_on_and_does(world, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_one_goes_on(world, tmp_path):
+@pytest.mark.parametrize("who", ["torchrun", "one of the two"])
+def test_two_processes_stop_together_and_one_goes_on(world, tmp_path, who):
     """Beside another job of two processes on the same machine, which does not mind."""
     more = ["--steps", "40", "--batch", "4"]
     argv = stage1_args(world, tmp_path / "stopped", *more)
@@ -179,7 +181,7 @@ def test_two_processes_stop_together_and_one_goes_on(world, tmp_path):
                              cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen([sys.executable, *SPAWN, "stage1.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "stopped/last.pth").is_file(), process)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid if who == "torchrun" else children(process.pid)[0], signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and out.count("stopped by SIGTERM after step") == 1, out + err
     at = step_of(tmp_path / "stopped")
@@ -262,7 +264,7 @@ def test_the_death_of_one_process_ends_the_run_with_its_cause(world, tmp_path, w
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - begin < 60
     assert "SIGKILL" in err if who == "rank" else "killed by signal: Killed" in err
-    assert is_whole(tmp_path / "out/last.pth")
+    assert step_if_whole(tmp_path / "out/last.pth") or step_if_whole(tmp_path / "out/previous.pth")
 
 
 # ---- what is not finite, and collapse -----------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def test_nothing_is_saved_of_a_step_that_is_not_finite(world, first, tmp_path, c
 
 def test_stage_2_says_when_features_collapse(world, first, tmp_path, monkeypatch, capsys):
     stage2.main(stage2_args(world, first, tmp_path / "good", "--steps", "8"))
-    assert all(not line["collapsed"] and line["effective_rank"] > 2 and line["feature_variance"] > 0 for line in lines(tmp_path / "good"))
+    assert all(line["effective_rank"] > 2 and line["feature_variance"] > 0 for line in lines(tmp_path / "good"))
     assert "collapse" not in capsys.readouterr().out
     real, calls = stage2.sample_features, []
 
@@ -295,7 +297,11 @@ def test_stage_2_says_when_features_collapse(world, first, tmp_path, monkeypatch
         return features if len(calls) == 1 else 0.01 * features + features.mean(0).detach()
     monkeypatch.setattr(stage2, "sample_features", towards_one)
     stage2.main(stage2_args(world, first, tmp_path / "bad", "--steps", "8"))
-    assert lines(tmp_path / "bad")[-1]["collapsed"] and "features collapse, feature_variance" in "".join(capsys.readouterr())
+    assert "features collapse, feature_variance" in "".join(capsys.readouterr())
+    assert any("feature_variance" in text for line in lines(tmp_path / "bad") for text in line.get("collapse", ()))
+    before = torch.load(tmp_path / "bad/last.pth", weights_only=True)["spread"]
+    stage2.main(stage2_args(world, first, tmp_path / "bad", "--steps", "8"))  # a resumed run knows what it was at first
+    assert torch.load(tmp_path / "bad/last.pth", weights_only=True)["spread"] == before
 
 
 # ---- long -----------------------------------------------------------------------------------------------------------------
@@ -303,7 +309,8 @@ def test_stage_2_says_when_features_collapse(world, first, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_two_thousand_steps_leak_nothing(world, tmp_path):
     """Resident memory, open files and processes stay what they are after the first fifth; the workers end with the script."""
-    process = subprocess.Popen([sys.executable, "stage1.py", *stage1_args(world, tmp_path / "out", "--steps", "2000", "--workers", "1")],
+    cheap = ["--steps", "2000", "--batch", "1", "--image-size", "40", "80", "--max-points", "300", "--depth", "1"]
+    process = subprocess.Popen([sys.executable, "stage1.py", *stage1_args(world, tmp_path / "out", *cheap, "--workers", "1")],
                                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     pid, samples, workers = process.pid, [], set()
     while process.poll() is None:
