@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill import distillation_loss, sample_features
+import distill
+from distill import distillation_loss, feature_spread, sample_features
 
 
 def test_samples_equal_the_up_sampled_map():
@@ -81,3 +82,22 @@ def test_no_pairs_and_wrong_direction():
     assert loss.item() == 0
     with pytest.raises(ValueError, match="direction"):
         distillation_loss(torch.zeros(1, 8), torch.zeros(1, 8), "both")
+
+
+def test_spread_by_hand():
+    def close(spread, variance, rank):
+        assert spread["feature_variance"] == pytest.approx(variance, abs=1e-5) and spread["effective_rank"] == pytest.approx(rank, rel=1e-3)
+    close(feature_spread(torch.ones(50, 8)), 0, 1)  # all the same
+    axes = torch.eye(8).repeat(20, 1)
+    close(feature_spread(5 * axes[:, :4]), 3 / 4, 3)  # four corners around their mean: three directions alike
+    close(feature_spread(torch.cat([torch.ones(30, 4), -torch.ones(30, 4)])), 1, 1)  # two opposite ones: one direction
+    torch.manual_seed(0)
+    assert feature_spread(torch.randn(4000, 16))["effective_rank"] > 15.8  # all directions
+
+
+def test_spread_looks_at_2048_at_most(monkeypatch):
+    seen = []
+    monkeypatch.setattr(distill.F, "normalize", lambda x, dim, real=distill.F.normalize: (seen.append(len(x)), real(x, dim=dim))[1])
+    for count in (1, 2048, 2049, 4095, 9999):
+        feature_spread(torch.randn(count, 3))
+    assert max(seen) <= 2048 and min(seen[1:]) > 1000
