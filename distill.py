@@ -76,5 +76,5 @@ def feature_spread(features):
     f = F.normalize(features[::max(1, -(-len(features) // 2048))].float(), dim=1)
     f = f - f.mean(0)
     eigenvalues = torch.linalg.eigvalsh(f.T @ f / max(1, len(f))).clamp(min=0)  # [D]
-    shares = eigenvalues / eigenvalues.sum().clamp(min=1e-12)
+    shares = eigenvalues / eigenvalues.sum().clamp(min=1e-6)
     return {"feature_variance": eigenvalues.sum().item(), "effective_rank": torch.special.entr(shares).sum().exp().item()}
