@@ -242,9 +242,10 @@ def main(argv=None):
     seeds = " ".join(map(str, args.seeds))
     chosen = "" if args.claim == list(CLAIMS) else f" --claim {' '.join(args.claim)}"
     minutes = sum(world.done[name]["seconds"] for world in worlds for name in world.used) / 60
+    several = len(worlds) > 1
     text = "\n".join(["# The paper's claims in miniature", "",
-                      f"`python -m experiments.reproduce --seeds {seeds}{chosen}`, {minutes:.0f} minutes in all: mean"
-                      f"{' ± standard deviation' * (len(worlds) > 1)} over the worlds and trainings of seed{'s' * (len(worlds) > 1)} {seeds}. Each pair is",
+                      f"`python -m experiments.reproduce --seeds {seeds}{chosen}`, {minutes:.0f} minutes in all: "
+                      f"mean{' ± standard deviation' * several} over the worlds and trainings of seed{'s' * several} {seeds}. Each pair is",
                       "*claimed to be better / claimed to be worse*; the paper's numbers are its own, on nuScenes with DINOv2 ViT-S/14.", "",
                       *lines, "", RULE, ""])
     print(f"\n{text}")

@@ -29,8 +29,8 @@ from waffleiron import load_waffleiron
 
 BAD_FOR_THE_INDEX = ("cut scan", "empty scan", "empty image", "labels of another length", "zero quaternion", "nan in a pose")
 BAD_WHEN_READ = {"nan": "points are not finite", "infinite": "points are not finite", "broken image": "not a readable image",
-                 "cut image": "not a readable image", "cmyk": "mode CMYK", "16 bit": "mode I;16", "another size": "40x80 pixels, the tables say 80x160",
-                 "no point in view": "no LiDAR point", "class out of range": "label 200 is of no category"}
+                 "cut image": "not a readable image", "cmyk": "mode CMYK", "16 bit": "mode I;16",
+                 "another size": "40x80 pixels, the tables say 80x160", "no point in view": "no LiDAR point", "class out of range": "label 200 is of no category"}
 
 
 def rewrite(path, change):

@@ -159,7 +159,7 @@ def test_miniature_masks_are_what_the_renderer_hit(miniature):
     kinds = picture(options, plan, 0, "CAM_FRONT_LEFT")[1]
     (row,) = [row for row in found.select("val") if str(plan["frames"][0]["CAM_FRONT_LEFT"]["time"]) in found.image[row].decode()]
     labels = found.labels(row)
-    assert (labels[kinds == CATEGORIES.index("vehicle.car")] == CAR).all() and (labels == CAR).sum() == (kinds == CATEGORIES.index("vehicle.car")).sum()
+    assert ((labels == CAR) == (kinds == CATEGORIES.index("vehicle.car"))).all() and (labels == CAR).any()
     assert ((labels == ROAD) == (kinds == CATEGORIES.index("flat.driveable_surface"))).all()
 
 

@@ -101,7 +101,8 @@ def test_restart_sets_another_run_aside_and_only_another(tmp_path, capsys):
     assert torch.load(tmp_path / "replaced-2/last.pth")["step"] == 1
 
 
-@pytest.mark.parametrize("crash", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed")])
+@pytest.mark.parametrize("crash", [KeyboardInterrupt, OSError(28, "No space left on device"),
+                                   RuntimeError("[enforce fail] PytorchStreamWriter failed")])
 def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch, crash):
     args = args_of(tmp_path)
     save(tmp_path / "last.pth", {"step": 3, "args": vars(args)})
