@@ -24,7 +24,7 @@ from errors import InputError
 from training import rank, sum_over_processes, world
 
 # Arguments that a resumed run may be given anew
-MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart"}
+MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart", "checkpoint"}
 BAD_FRAMES = 0.01  # the part of the frames that --on-bad-frame skip leaves out at most
 
 

@@ -17,7 +17,7 @@ import models
 import training
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import distillation_loss, sample_features
-from errors import one_line_errors
+from errors import InputError, one_line_errors
 from index import CONDITIONS, load_index
 from run_folder import Log, Saver, check_finite, find_last
 from waffleiron import WaffleIron
@@ -49,6 +49,8 @@ def parse(argv=None):
     add("--end-lr", type=float, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
     add("--warmup", type=int, default=3500, help="steps from 0 to --lr, at most a tenth of the run (default: %(default)s, "
         "ScaLR supplement B.2)")
+    add("--checkpoint", action="store_true", help="compute WaffleIron's layers again in the backward pass instead of keeping them: the same "
+        "result, a fraction of the memory, a third more time")
     add("--weight-decay", type=float, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
     return parser.parse_args(argv)
 
@@ -81,6 +83,9 @@ def main(argv=None):
     norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
     waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=encoder.dim, norm=norm,
                             grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
+    if args.checkpoint and norm == "batchnorm":
+        raise InputError("--checkpoint: not with BatchNorm in the layers, which would count each batch twice; --norm layernorm has none")
+    waffleiron.checkpoint = args.checkpoint
     model = training.distribute(waffleiron, device)
 
     # ---- optimizer ----

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---- positions ------------------------------------------------------------------------------------------------------
@@ -149,7 +150,8 @@ class ViT(nn.Module):
     (DINOv3). antialias: see `interpolate_positions`. registers: (name, number) of tokens beside the cls token (Darcet et
     al., ICLR 2024). layer_scale: a factor on each residual branch. clip: a LayerNorm before the blocks, no bias in the
     patch embedding, and `proj`. mask_token: with one. Neither it nor CLIP's `proj` has a part in a feature map; they are
-    kept as buffers, so that released weights go in and out whole.
+    kept as buffers, so that released weights go in and out whole. `checkpoint = True` keeps only the blocks' inputs for the
+    backward pass, which computes them again: the same result, a fraction of the memory.
     """
 
     def __init__(self, patch_size, dim, depth, heads, hidden=None, mlp="gelu", grid=(14, 14), antialias=False, registers=None,
@@ -158,6 +160,7 @@ class ViT(nn.Module):
         rotary = grid is None
         eps = 1e-5 if rotary or clip else 1e-6
         self.patch_size, self.grid, self.antialias, self.registers = patch_size, grid, antialias, registers
+        self.checkpoint = False
         if rotary:
             self.rope_embed = RotaryPositions(dim // heads)
         else:
@@ -200,7 +203,8 @@ class ViT(nn.Module):
         rotation = self.rope_embed(h, w) if self.grid is None else None
         x, last = self.embed(images), self.blocks[-1]
         for block in self.blocks[:-1]:
-            x = block(x, rotation)
+            keep_less = self.checkpoint and torch.is_grad_enabled()
+            x = checkpoint(block, x, rotation, use_reentrant=False) if keep_less else block(x, rotation)
         if feature == "keys":
             x = last.attn.qkv(last.norm1(x)).chunk(3, -1)[1]
         else:

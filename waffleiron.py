@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from torch.utils.checkpoint import checkpoint
 
 from checkpoints import check_fit, check_kind, load_strictly, read
 from errors import InputError
@@ -170,6 +171,8 @@ class WaffleIron(nn.Module):
     "relu" or "gelu", inside the blocks; the embedding keeps ReLU. head: "linear", "batchnorm" (before a linear layer,
     ScaLR downstream) or "mlp" (`hidden` wide, with a ReLU); ScaLR+ has "gelu" and "mlp". `spec` holds these arguments,
     so that `WaffleIron(**model.spec)` builds the same. `crop = False` turns cropping off: the same result, slower.
+    `checkpoint = True` keeps a layer's input only and computes it again in the backward pass: the same result, a fraction of
+    the memory, a third more time; not with "batchnorm", whose running statistics would count each batch twice.
     Raises ValueError for another norm, activation or head.
     """
 
@@ -182,7 +185,7 @@ class WaffleIron(nn.Module):
         self.spec = dict(in_channels=in_channels, channels=channels, depth=depth, out_channels=out_channels, norm=norm,
                          grids=tuple(map(tuple, grids)), drop_path=drop_path, activation=activation, head=head,
                          hidden=hidden)
-        self.crop = True
+        self.crop, self.checkpoint = True, False
         self.embed = Embedding(in_channels, channels)
         block = channels, NORMS[norm], ACTIVATIONS[activation]
         self.spatial_mix = nn.ModuleList(SpatialMix(*block) for _ in range(depth))
@@ -204,10 +207,16 @@ class WaffleIron(nn.Module):
                    for plane, grid in zip(cells, self.spec["grids"], strict=True)]
         # Under autocast the layers give bfloat16, but the residual stream stays in float32: 96 sums pass through it.
         x = self.embed(feats, neighbors).to(feats.dtype)
-        for i, (spatial_mix, channel_mix) in enumerate(zip(self.spatial_mix, self.channel_mix)):
-            x = x + self.drop_path(spatial_mix(x, windows[i % len(windows)]), batch, clouds)
-            x = x + self.drop_path(channel_mix(x), batch, clouds)
+        for i in range(self.spec["depth"]):
+            arguments = i, x, windows[i % len(windows)], batch, clouds
+            keep_less = self.checkpoint and torch.is_grad_enabled()
+            x = checkpoint(self.layer, *arguments, use_reentrant=False) if keep_less else self.layer(*arguments)
         return x
+
+    def layer(self, i, x, window, batch, clouds):
+        """Layer i: [N, C] -> [N, C]."""
+        x = x + self.drop_path(self.spatial_mix[i](x, window), batch, clouds)
+        return x + self.drop_path(self.channel_mix[i](x), batch, clouds)
 
     def drop_path(self, branch, batch, clouds):
         """Stochastic depth (Huang et al., 2016): one draw per cloud, as a cloud is what one image is elsewhere."""

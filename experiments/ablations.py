@@ -129,6 +129,8 @@ def build(args, device, out_channels=None, labels=False):
     norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
     waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels or encoder.dim, norm=norm,
                             grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
+    if args.checkpoint:
+        raise InputError("--checkpoint: the ablations do without")
     return encoder, waffleiron, frames, {"waffleiron": waffleiron.spec, "cloud": cloud, "encoder": models.source_of(args),
                                          "image_size": image_size}
 
@@ -243,6 +245,8 @@ def head_2d_stage2(args, device):
     """The frozen WaffleIron teaches image encoder and 2D head; the image encoder is what is kept."""
     if refused := next((name for name in ("encoder", "feature", "image_size") if getattr(args, name)), None):
         raise InputError(f"--{refused.replace('_', '-')}: leave it out; the 2D head of --stage1 {args.stage1} was made for its own")
+    if args.checkpoint:
+        raise InputError("--checkpoint: the ablations do without")
     before = read(args.stage1)
     if not isinstance(before, dict) or before.get("kind") != "2d_head":
         raise InputError(f"--stage1 {args.stage1}: not a checkpoint of stage 1 with a 2D head; `2d-head` without --stage1 writes it")
