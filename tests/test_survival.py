@@ -163,6 +163,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(world, tmp_path, name):
     os.killpg(process.pid, getattr(signal, name))  # the loading processes get it too, as from a terminal
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in err, err
+    assert out.count("saving after this step") == 1  # the loading processes keep still
     assert "stopped by " + name in out and "the command that started it goes on from here" in out
     assert 0 < step_of(tmp_path / "stopped") < 60
     assert subprocess.run(argv, cwd=ROOT, capture_output=True).returncode == 0
