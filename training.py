@@ -5,7 +5,9 @@ checkpoint needs no random state and a resumed run is the run that never stopped
 """
 import atexit
 import contextlib
+import functools
 import math
+import multiprocessing
 import os
 import signal
 from datetime import timedelta
@@ -150,14 +152,16 @@ class Batches:
 
 def load(dataset, batches, collate, workers, device):
     """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
+    ending = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, ending, "value", 1)  # runs before multiprocessing ends its children
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=_outlive_signals)
+                      pin_memory=device.type == "cuda", worker_init_fn=functools.partial(_outlive_signals, ending))
 
 
-def _outlive_signals(_):
-    """A loading process lives on after Ctrl-C or a scheduler's SIGTERM: the process that it works for ends it when all is saved."""
+def _outlive_signals(ending, _):
+    """A loading process lives on after Ctrl-C or a scheduler's SIGTERM: the process that it works for has to save first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))  # a second one is that end
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number) if ending.value else None)
 
 
 def to_device(batch, device):

@@ -301,7 +301,7 @@ def test_damaged_files_found_by_a_loading_process_are_one_line(world, tmp_path, 
     load_index(root)
     for path in (root / "samples" / ("LIDAR_TOP" if damage == "scan" else "CAM_FRONT")).iterdir():
         path.write_bytes(path.read_bytes()[:1003])
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     error = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(error) == 1 and str(root) in error[0] and "Traceback" not in done.stderr, done.stderr
