@@ -136,6 +136,7 @@ def test_all_bad_is_an_error_even_when_skipping(copy):
         Frames(found, found.select("train"), image_size=(80, 160), skip_bad=True)[0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["stage1", "stage2", "probe"])
 def test_scripts_stop_or_skip(copy, world, tmp_path, capsys, script, monkeypatch):
     stage1.main(stage1_args(world, tmp_path / "s1", "--steps", "1"))
@@ -261,6 +262,7 @@ def test_any_table(copy, table):
 JSON = st.one_of(st.none(), st.integers(-2**40, 2**40), st.floats(), st.text(max_size=5), st.lists(st.floats(-1, 1), max_size=4), st.just({}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["sample_data", "ego_pose", "calibrated_sensor", "scene", "sample", "lidarseg", "category"])
 def test_any_value_in_a_table(copy, table):
     path = copy / "v1.0-trainval" / f"{table}.json"

@@ -58,6 +58,7 @@ def test_a_vision_transformer_is_the_same_and_keeps_less(name):
     assert little < 0.6 * much
 
 
+@pytest.mark.slow
 def test_the_flag_changes_nothing_but_memory(world, tmp_path, capsys):
     norm = ["--norm", "layernorm", "--steps", "3"]
     for name, more in (("kept", []), ("again", ["--checkpoint"])):

@@ -50,7 +50,7 @@ def released_source(name, row, state, folder):
     return {"hub": str(write_hub(folder / "clone", name, row.entry or name, state))}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [row for row in ROWS if row.values[0] != "dinov2_vitg14_reg"])  # so wide a one once will do
 def test_in_stage2_out(name, world, tmp_path, monkeypatch):
     row, state = shrink(monkeypatch, name), released_state(name)
     size = image_size(row)

@@ -46,6 +46,7 @@ def test_second_start_reads_the_cache_alone(world, monkeypatch):
     assert first.image.tolist() == second.image.tolist()
 
 
+@pytest.mark.slow
 def test_the_index_is_built_by_another_process_with_the_same_errors(tmp_path, world):
     root = tmp_path / "copy"
     shutil.copytree(world, root)

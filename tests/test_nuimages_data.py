@@ -188,6 +188,7 @@ def test_the_miniature_is_not_taken_for_nuscenes_nor_the_other_way(miniature, wo
         make_world(miniature, seed=3, train=(6, 2, 2), val=2, frames=1, cameras=2, workers=1)
 
 
+@pytest.mark.slow
 def test_the_index_is_built_by_another_process(miniature, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nuimages_data, "_read_tables", None)  # not here

@@ -222,12 +222,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, first, second, tmp_path, 
 # ---- two processes ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["stage1", "stage2", "probe", "finetune"])
+@pytest.mark.parametrize("script", ["stage1", "stage2", "finetune"])
 def test_two_processes_are_one_with_the_same_global_batch(world, first, second, tmp_path, script):
     def command(out):
         more = ["--steps", "3", "--batch", "4"]
         return {"stage1": stage1_args(world, out, *more), "stage2": stage2_args(world, first, out, *more, "--lr", "1e-4"),
-                "probe": probe_args(world, "depth", second, out, *more, "--head", "batchnorm"),
                 "finetune": probe_args(world, "depth", second, out, *more, "--finetune", "--lr", "1e-4")}[script]
 
     module = "probe" if script == "finetune" else script
@@ -237,7 +236,7 @@ def test_two_processes_are_one_with_the_same_global_batch(world, first, second, 
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = model_of(tmp_path / "one"), model_of(tmp_path / "two")
     # Adam divides by the gradient's size: rounding differences of a gradient near zero reach the size of a step
-    typical = {"stage1": 2e-3, "stage2": 1e-4, "probe": 1e-2, "finetune": 1e-4}[script]
+    typical = {"stage1": 2e-3, "stage2": 1e-4, "finetune": 1e-4}[script]
     mean = torch.cat([(one[k].double() - two[k].double()).abs().flatten() for k in one if "num_batches" not in k]).mean()
     assert mean < 0.01 * typical
     assert lines(tmp_path / "two")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], rel=1e-4)

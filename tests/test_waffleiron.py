@@ -257,6 +257,7 @@ def run_rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
     clouds = [random_cloud(30), random_cloud(18)]       # unequal: a mean of the processes' means would be wrong
     for rank, (feats, *_) in enumerate(clouds):
