@@ -97,9 +97,11 @@ def load_index(root, version="v1.0-trainval", here=False):
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
     fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
     index = Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
-    for row in np.flatnonzero(index.bad != b""):  # was it repaired since?
-        if b"calibration" not in index.bad[row]:
-            index.bad[row] = _damage(root, index.lidar[row].decode(), index.lidarseg[row].decode(), np.char.decode(index.image[row])).encode()
+    reasons, posed = index.bad.tolist(), _posed(index.cam_from_lidar, index.intrinsics)
+    for row in np.flatnonzero(posed & (index.bad != b"")):  # was its file repaired since?
+        paths = index.lidar[row].decode(), index.lidarseg[row].decode(), np.char.decode(index.image[row])
+        reasons[row] = _damage(root, *paths).encode()
+    index.bad = np.array(reasons, np.bytes_)
     return index
 
 
@@ -217,7 +219,7 @@ def _read_frames(root, version):
         for fine, index in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
             coarse[fine] = index
     check_files(root, frames["lidar"] + [p for p in frames["lidarseg"] if p] + [p for views in frames["image"] for p in views])
-    posed = np.isfinite(frames["cam_from_lidar"]).all((1, 2, 3)) & np.isfinite(frames["intrinsics"]).all((1, 2, 3))
+    posed = _posed(frames["cam_from_lidar"], frames["intrinsics"])
     frames["bad"] = [_damage(root, *paths) if good else f"{paths[0]}: the calibration or ego pose of it or of one of its images is none "
                      "(a rotation of length 0, or numbers that are not finite); extract the tables again"
                      for good, paths in zip(posed, zip(frames["lidar"], frames["lidarseg"], frames["image"]))]
@@ -235,6 +237,11 @@ def check_files(root, paths):
 
 def _size(root, path):
     return os.path.getsize(file) if os.path.isfile(file := os.path.join(root, path)) else 0
+
+
+def _posed(cam_from_lidar, intrinsics):
+    """Which frames have finite calibrations and poses: [F]."""
+    return np.isfinite(cam_from_lidar).all((1, 2, 3)) & np.isfinite(intrinsics).all((1, 2, 3))
 
 
 def _damage(root, scan, labels, images):

@@ -135,6 +135,12 @@ class ImageEncoder(nn.Module):
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
         return net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
+    def keep_less(self, on):
+        """With `on`, keep only the blocks' inputs for the backward pass. Raises InputError where there are no such blocks."""
+        if on and not self.row.vit:
+            raise InputError(f"--checkpoint: for vision transformers only, {self.spec['name']} is none")
+        self.backbone.checkpoint = on
+
     def check_size(self, size):
         """Raise InputError where the patch size does not divide an image size (H, W)."""
         for side in size:

@@ -37,7 +37,10 @@ class ImageIndex:
     runs: np.ndarray         # [start[M]] uint8: run lengths, as pycocotools packs them
 
     def select(self, split, limit=None, percent=100, skip_bad=False):
-        """Image numbers of a split, at most `limit`, spread evenly; percent: every (100 / percent)-th in the order of file names."""
+        """Image numbers of a split, at most `limit`, spread evenly; percent: every (100 / percent)-th in the order of file names.
+
+        skip_bad has no meaning here: what is damaged shows when it is read.
+        """
         rows = np.flatnonzero(self.split == split.encode())[::100 // percent]
         if limit is not None and limit < len(rows):
             rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]

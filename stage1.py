@@ -55,6 +55,22 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def cloud_of(args):
+    """How a scan becomes WaffleIron's input, by the flags: see data.CLOUD."""
+    return CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points, "neighbors": args.neighbors}
+
+
+def waffleiron_of(args, cloud, out_channels):
+    """The 3D encoder of the flags. Raises InputError for --checkpoint with BatchNorm."""
+    norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
+    if args.checkpoint and norm == "batchnorm":
+        raise InputError("--checkpoint: not with BatchNorm in the layers, which would count each batch twice; --norm layernorm has none")
+    waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels, norm=norm,
+                            grids=plane_sizes(cloud["fov"], cloud["cell"]))
+    waffleiron.checkpoint = args.checkpoint
+    return waffleiron
+
+
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
@@ -68,8 +84,7 @@ def main(argv=None):
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
-    cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
-                     "neighbors": args.neighbors}
+    cloud = cloud_of(args)
     skip_bad = args.on_bad_frame == "skip"
     frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, image_size, cloud,
                     training=True, augment=True, skip_bad=skip_bad, seed=args.seed)
@@ -80,12 +95,7 @@ def main(argv=None):
 
     # ---- model ----
     encoder.requires_grad_(False)
-    norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
-    waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=encoder.dim, norm=norm,
-                            grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
-    if args.checkpoint and norm == "batchnorm":
-        raise InputError("--checkpoint: not with BatchNorm in the layers, which would count each batch twice; --norm layernorm has none")
-    waffleiron.checkpoint = args.checkpoint
+    waffleiron = waffleiron_of(args, cloud, encoder.dim).to(device)
     model = training.distribute(waffleiron, device)
 
     # ---- optimizer ----

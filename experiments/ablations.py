@@ -45,7 +45,7 @@ import stage1
 import stage2
 import training
 from checkpoints import read
-from data import CLOUD, Frames, collate, plane_sizes
+from data import Frames, collate
 from distill import distillation_loss, features_at_points
 from errors import InputError, one_line_errors
 from index import CLASSES, CONDITIONS, load_index
@@ -121,16 +121,11 @@ def build(args, device, out_channels=None, labels=False):
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
-    cloud = CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points,
-                     "neighbors": args.neighbors}
+    cloud = stage1.cloud_of(args)
     skip_bad = args.on_bad_frame == "skip"
     frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras,
                     None if labels else image_size, cloud, training=True, augment=True, labels=labels, skip_bad=skip_bad, seed=args.seed)
-    norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
-    waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels or encoder.dim, norm=norm,
-                            grids=plane_sizes(cloud["fov"], cloud["cell"])).to(device)
-    if args.checkpoint:
-        raise InputError("--checkpoint: the ablations do without")
+    waffleiron = stage1.waffleiron_of(args, cloud, out_channels or encoder.dim).to(device)
     return encoder, waffleiron, frames, {"waffleiron": waffleiron.spec, "cloud": cloud, "encoder": models.source_of(args),
                                          "image_size": image_size}
 
@@ -155,8 +150,8 @@ def train(args, device, checkpoint, frames, model, loss_of, peaks, parts, conten
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    log, saver, bare = Log(args.out, device, model, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total), model
-    model = training.distribute(model, device, find_unused_parameters=True)  # e.g. the final norm, for "prenorm"
+    log, saver = Log(args.out, device, model, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total)
+    distributed = training.distribute(model, device, find_unused_parameters=True)  # e.g. the final norm, for "prenorm"
 
     bar = tqdm(loader, args.ablation, initial=first, total=total, disable=training.rank() > 0, mininterval=2)
     for step, batch in saver.guard(enumerate(bar, first)):
@@ -164,12 +159,12 @@ def train(args, device, checkpoint, frames, model, loss_of, peaks, parts, conten
             group["lr"] = training.cosine(step, total, group["peak"], args.end_lr, warmup)
         batch = training.to_device(batch, device)
         with training.autocast(device, args.precision):
-            outputs = model(batch)  # what is frozen builds no graph: neither it nor its input requires a gradient
+            outputs = distributed(batch)  # what is frozen builds no graph: neither it nor its input requires a gradient
         loss, count = loss_of(outputs, batch, step)
         loss = loss * training.share(count, device)
         optimizer.zero_grad()
         loss.backward()
-        check_finite(loss, bare, step, args.out, batches, frames)
+        check_finite(loss, model, step, args.out, batches, frames)
         optimizer.step()
 
         log.add(loss, batch)
@@ -245,8 +240,6 @@ def head_2d_stage2(args, device):
     """The frozen WaffleIron teaches image encoder and 2D head; the image encoder is what is kept."""
     if refused := next((name for name in ("encoder", "feature", "image_size") if getattr(args, name)), None):
         raise InputError(f"--{refused.replace('_', '-')}: leave it out; the 2D head of --stage1 {args.stage1} was made for its own")
-    if args.checkpoint:
-        raise InputError("--checkpoint: the ablations do without")
     before = read(args.stage1)
     if not isinstance(before, dict) or before.get("kind") != "2d_head":
         raise InputError(f"--stage1 {args.stage1}: not a checkpoint of stage 1 with a 2D head; `2d-head` without --stage1 writes it")
@@ -256,6 +249,7 @@ def head_2d_stage2(args, device):
         index = load_index(args.data, args.version)
         moved = {name: value for name, value in (("weights", args.weights), ("hub", args.hub)) if value}
         encoder = models.load_image_encoder(**before["encoder"] | moved).to(device)
+    encoder.keep_less(args.checkpoint)
     args.lr = models.of_family(args.lr, encoder)
     checkpoint = find_last(args)
     if training.rank() == 0:

@@ -27,6 +27,16 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def first(world, tmp_path_factory):
+    """Folder of a stage 1 of two steps on it."""
+    import stage1
+    from test_scripts import stage1_args
+    out = tmp_path_factory.mktemp("runs") / "s1"
+    stage1.main(stage1_args(world, out, "--steps", "2"))
+    return out
+
+
+@pytest.fixture(scope="session")
 def real():
     """Root of one real nuScenes keyframe (v1.0-mini); not part of the repository."""
     root = SHARED / "real" / "nuscenes"

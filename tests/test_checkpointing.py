@@ -5,6 +5,7 @@ import torch
 import run_folder
 import stage1
 import stage2
+from experiments import ablations
 from models import load_image_encoder
 from test_scripts import fails_with_one_line, largest_difference, lines, model_of, stage1_args, stage2_args
 from waffleiron import WaffleIron
@@ -67,6 +68,11 @@ def test_the_flag_changes_nothing_but_memory(world, tmp_path, capsys):
     for stage in ("s1", "s2"):
         assert largest_difference(model_of(tmp_path / f"{stage}-kept"), model_of(tmp_path / f"{stage}-again")) == 0
         assert lines(tmp_path / f"{stage}-kept")[-1]["loss"] == lines(tmp_path / f"{stage}-again")[-1]["loss"]
+    for name, more in (("kept", []), ("again", ["--checkpoint"])):  # ablations have stage 1's and stage 2's flags
+        ablations.main(["2d-head", *stage1_args(world, tmp_path / f"h1-{name}", *norm, *more)])
+        ablations.main(["2d-head", *stage2_args(world, tmp_path / "h1-kept", tmp_path / f"h2-{name}", "--steps", "3", *more)])
+    for stage in ("h1", "h2"):
+        assert largest_difference(model_of(tmp_path / f"{stage}-kept"), model_of(tmp_path / f"{stage}-again")) == 0
     assert "checkpoint" in run_folder.MAY_CHANGE
     stage2.main(stage2_args(world, tmp_path / "s1-kept", tmp_path / "s2-kept", "--steps", "3", "--checkpoint"))  # the same run
     assert "--checkpoint: not with BatchNorm" in fails_with_one_line(capsys, stage1.main, stage1_args(world, tmp_path / "x", "--checkpoint"))

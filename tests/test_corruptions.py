@@ -9,7 +9,6 @@ import torch
 
 import eval as evaluation
 import probe
-import stage1
 import stage2
 import run_folder
 from data import Frames
@@ -17,7 +16,7 @@ from errors import InputError
 from experiments import corruptions
 from experiments.corruptions import IMAGES, SCANS, SEVERITIES, CorruptedImages, CorruptedScans
 from index import load_index
-from test_scripts import fails_with_one_line, lines, model_of, probe_args, stage1_args, stage2_args
+from test_scripts import fails_with_one_line, lines, model_of, probe_args, stage2_args
 
 
 def draws(seed=0):
@@ -219,14 +218,6 @@ def probes(world, tmp_path_factory):
         probe.main(probe_args(world, task, "vit_mini8", root / task, "--weights", "random", "--image-size", "80", "160",
                               "--steps", "2", "--head", "batchnorm", "--lr", "1"))
     return root
-
-
-@pytest.fixture(scope="module")
-def first(world, tmp_path_factory):
-    """A stage 1 of two steps."""
-    out = tmp_path_factory.mktemp("runs") / "s1"
-    stage1.main(stage1_args(world, out, "--steps", "2"))
-    return out
 
 
 @pytest.mark.slow

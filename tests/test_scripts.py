@@ -51,14 +51,6 @@ def largest_difference(a, b):
 
 
 @pytest.fixture(scope="module")
-def first(world, tmp_path_factory):
-    """A stage 1 of two steps."""
-    out = tmp_path_factory.mktemp("runs") / "s1"
-    stage1.main(stage1_args(world, out, "--steps", "2"))
-    return out
-
-
-@pytest.fixture(scope="module")
 def second(world, first, tmp_path_factory):
     """A stage 2 of two steps after it."""
     out = tmp_path_factory.mktemp("runs") / "s2"

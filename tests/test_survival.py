@@ -1,4 +1,5 @@
 """Runs that are killed, stopped, cut off from each other or left alone for long: nothing is lost, and nothing hangs."""
+import io
 import json
 import multiprocessing
 import os
@@ -29,13 +30,6 @@ STEPS = ["--steps", "30", "--save-every", "0"]  # a checkpoint after each step, 
 SPAWN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.fixture(scope="module")
-def first(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "s1"
-    stage1.main(stage1_args(world, out, "--steps", "2"))
-    return out
-
-
 def command_of(script, world, first, out, *more):
     return stage1_args(world, out, *more) if script == "stage1" else stage2_args(world, first, out, *more)
 
@@ -64,7 +58,6 @@ class DiesAt:
 
 def half_written(content, file):
     """torch.save, killed half-way."""
-    import io
     whole = io.BytesIO()
     SAVE(content, whole)
     file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
@@ -72,7 +65,7 @@ def half_written(content, file):
     die()
 
 
-SAVE, REPLACE, STEP = torch.save, os.replace, torch.optim.AdamW.step
+SAVE, REPLACE = torch.save, os.replace
 MOMENTS = {  # of a kill in the n-th step of an attempt: what to patch in the process
     "data loading": lambda n: setattr(data, "read_image", DiesAt(data.read_image, 2 * n)),
     "step": lambda n: setattr(stage1 if n % 2 else stage2, "check_finite", DiesAt(run_folder.check_finite, n)),

@@ -11,14 +11,13 @@ from PIL import Image
 
 import eval as evaluation
 import probe
-import stage1
 from data import DEPTHS
 from errors import InputError
 from eval import load_probe
 from experiments import visualize
 from index import CLASSES, CONDITIONS, load_index
 from models import load_image_encoder
-from test_scripts import fails_with_one_line, probe_args, stage1_args
+from test_scripts import fails_with_one_line, probe_args
 from vit import ViT
 from waffleiron import load_waffleiron
 
@@ -29,14 +28,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def index(world):
     return load_index(world)
-
-
-@pytest.fixture(scope="module")
-def first(world, tmp_path_factory):
-    """A stage 1 of two steps."""
-    out = tmp_path_factory.mktemp("runs") / "s1"
-    stage1.main(stage1_args(world, out, "--steps", "2"))
-    return out
 
 
 @pytest.fixture(scope="module")
