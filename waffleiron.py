@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +25,11 @@ GRIDS = ((256, 256), (256, 32), (256, 32))   # cells (H, W) of the planes with n
 
 
 # ---- normalisation --------------------------------------------------------------------------------------------------
+
+def over_processes(x):
+    """The sum of x over all processes; x where there is one. Gradients are summed likewise, so all must call it in step."""
+    return all_reduce(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
 
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm1d on rows [N, C] whose training statistics are those of all processes' rows.
@@ -38,18 +44,44 @@ class BatchNorm(nn.BatchNorm1d):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         rows = x.to(self.weight.dtype)
-        # First the mean, then the squares around it: E[x²] - E[x]² loses everything where the mean is large (metres).
-        # Each process counts its own rows: shards need not be equal.
-        total = all_reduce(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centred = rows - mean
-        var = all_reduce(centred.square().sum(0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        count, mean, centred = moments(rows)
+        var = over_processes(centred.square().sum(0)) / count
+        self.track(count, mean, var)
         return (centred * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
+
+    def after(self, linear, x):
+        """Weight [C, Cin] and bias [C] of the one linear layer that `linear` (without bias) and then this BatchNorm are on x [N, Cin].
+
+        What a linear layer makes of rows has W mean for a mean and the diagonal of W cov W' for a variance: its output
+        [N, C] is not needed for its statistics.
+        """
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            count, x_mean, centred = moments(x.to(self.weight.dtype))
+            # Sums of products, not matrix products, which autocast would round.
+            cov = over_processes((centred.unsqueeze(2) * centred.unsqueeze(1)).sum(0)) / count           # [Cin, Cin]
+            mean = (linear.weight * x_mean).sum(1)                                                       # [C]
+            var = (linear.weight.unsqueeze(2) * linear.weight.unsqueeze(1) * cov).sum((1, 2))            # [C]
+            self.track(count, mean, var)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return scale.unsqueeze(1) * linear.weight, self.bias - scale * mean
+
+    @torch.no_grad()
+    def track(self, count, mean, var):
+        """Moves the running statistics towards those of a batch of `count` rows; its variance with count in the denominator."""
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * count / (count - 1), self.momentum)
+
+
+def moments(rows):
+    """Number and mean [C] of all processes' rows, and this process' rows minus that mean [N, C]."""
+    # First the mean, then what is around it: E[x²] - E[x]² loses everything where the mean is large (metres).
+    # Each process counts its own rows: shards need not be equal.
+    total = over_processes(torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
+    count = total[-1].detach()
+    mean = total[:-1] / count
+    return count, mean, rows - mean
 
 
 # ---- from points to planes and back ---------------------------------------------------------------------------------
@@ -108,10 +140,14 @@ class Embedding(nn.Module):
         self.final = nn.Linear(2 * channels, channels)
 
     def forward(self, feats, neighbors):
-        n, k = neighbors.shape
         x = self.norm(feats)
-        edges = (x[neighbors] - x.unsqueeze(1)).flatten(0, 1)               # [N * K, Cin]
-        nearby = self.edges(edges).view(n, k, -1).max(1).values             # [N, C]
+        norm_in, first, norm, relu, second = self.edges
+        edges = norm_in((x[neighbors] - x.unsqueeze(1)).flatten(0, 1))      # [N * K, Cin]
+        weight, bias = norm.after(first, edges)
+        edges = edges.view(*neighbors.shape, -1)                            # [N, K, Cin]
+        # A CPU is faster, and needs less memory, where the edges of a few points at a time stay in its cache.
+        piece = 256 if feats.device.type == "cpu" else len(edges)
+        nearby = torch.cat([second(relu(F.linear(some, weight, bias))).max(1).values for some in edges.split(piece)])
         return self.final(torch.cat([self.point(x), nearby], dim=1))        # [N, C]
 
 
@@ -130,10 +166,14 @@ class SpatialMix(nn.Module):
         b, h, w = window.shape
         plane = x.new_zeros(b * h * w, x.shape[1]).index_add(0, window.cell, x)     # a cell holds its points' mean
         # The permuted view is what PyTorch calls channels_last: the convolutions take it, and give it back, uncopied.
-        plane = self.ffn(plane.view(b, h, w, -1).permute(0, 3, 1, 2))               # [B, C, h, w]
+        first, activation, second = self.ffn
+        plane = activation(first(plane.view(b, h, w, -1).permute(0, 3, 1, 2)))      # [B, C, h, w]
+        # The residual's scale multiplies weights, not points: less to compute, and to keep for the backward pass.
+        weight, bias = self.scale.view(-1, 1, 1, 1) * second.weight, self.scale * second.bias
+        plane = F.conv2d(plane, weight, bias, padding=1, groups=x.shape[1])
         # Back to float32 before the points read it, so that the gradients of a cell's points are summed in float32.
         plane = plane.permute(0, 2, 3, 1).reshape(b * h * w, -1).to(x.dtype)
-        return self.scale * plane.index_select(0, window.cell)
+        return plane.index_select(0, window.cell)
 
 
 class ChannelMix(nn.Module):
@@ -146,7 +186,9 @@ class ChannelMix(nn.Module):
         self.scale = initial_scale(channels)
 
     def forward(self, x):
-        return self.scale * self.mlp(self.norm(x))
+        first, activation, second = self.mlp
+        weight, bias = self.scale.unsqueeze(1) * second.weight, self.scale * second.bias     # as in SpatialMix
+        return F.linear(activation(first(self.norm(x))), weight, bias)
 
 
 def initial_scale(channels):

@@ -54,13 +54,13 @@ def outputs_and_gradients(model, batch):
 
 @pytest.mark.parametrize("options", [dict(norm="layernorm"), dict(norm="batchnorm"), dict(norm="layernorm", activation="gelu", head="mlp")])
 def test_waffleiron_on_ragged_clouds(options):
-    batch = collate([cloud(40), cloud(25)])
-    assert bench.pad(*(batch[name] for name in ("feats", "cells", "neighbors", "batch")))[0].shape == (2, 5, 40)
+    batch = collate([cloud(400), cloud(25)])      # 400: the embedding takes them in two pieces
+    assert bench.pad(*(batch[name] for name in ("feats", "cells", "neighbors", "batch")))[0].shape == (2, 5, 400)
     (plain, plain_gradients), (ours, gradients) = outputs_and_gradients(model_of(**options).eval(), batch)
-    assert ours.shape == (65, 6) and ours.abs().max() > 0.1
+    assert ours.shape == (425, 6) and ours.abs().max() > 0.1
     torch.testing.assert_close(plain, ours)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
-    torch.testing.assert_close(plain_gradients, gradients)
+    torch.testing.assert_close(plain_gradients, gradients, rtol=1e-6, atol=1e-6)    # 1 / points of a cell is in float32
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "batchnorm"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from waffleiron import BatchNorm, WaffleIron, from_released, plan_window, published
@@ -224,6 +225,27 @@ def test_deep_random_model_is_alive_and_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_linear_layer_and_a_batchnorm_are_one_linear_layer():
+    x = (100 + torch.randn(50, 3).double() @ torch.randn(3, 3).double()).requires_grad_()
+    linear, norm, norm_after = torch.nn.Linear(3, 6, bias=False).double(), BatchNorm(6).double(), BatchNorm(6).double()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    norm_after.load_state_dict(norm.state_dict())
+    for mode in (True, True, False):        # the last one with the statistics of the others
+        results = []
+        for made_one, layer in ((False, norm.train(mode)), (True, norm_after.train(mode))):
+            out = F.linear(x, *layer.after(linear, x)) if made_one else layer(linear(x))
+            results.append((out, *torch.autograd.grad((out ** 3).sum(), [x, linear.weight, layer.weight, layer.bias])))
+        torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(norm.state_dict(), norm_after.state_dict())
+
+
+def test_bfloat16_autocast_leaves_batch_statistics_in_float32():
+    linear, norm, x = torch.nn.Linear(5, 6, bias=False), BatchNorm(6), 10 + torch.randn(100, 5)
+    expected = norm.after(linear, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(norm.after(linear, x), expected)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
