@@ -5,15 +5,16 @@
 
 Straightforward is what the papers say, word for word: clouds zero-padded to [B, C, N], whole planes, scatter and gather with an
 expanded index, the feature map up-sampled to the image before pixels are read; the image decoded in full, all points projected,
-voxels by np.unique of rows. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, and
-the table has the ratios' median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences
-are relative to the largest entry of their tensor, in float32 and eval(): in train() the straightforward formulation's padding
-enters BatchNorm. They are rounding (tests/test_bench.py has them in float64), which now and then puts an input of a ReLU on the
-other side of 0: then one point's part of one hidden unit's gradient is missing in one of them, up to 1e-2 of the largest entry.
-Forward is timed as in stage 2, backward as in stage 1, in train(); steps with a learning rate of 0.
+voxels by np.unique of rows. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, the
+table has their median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences are
+relative to their tensor's largest entry, in float32 and eval(), as padding enters BatchNorm in train(). They are rounding (in
+tests/test_bench.py in float64), which now and then puts an input of a ReLU on the other side of 0: then one point's part of one
+hidden unit's gradient is missing, up to 1e-2. Forward is timed as in stage 2, backward as in stage 1; the learning rate is 0.
 
 On a CPU the bare command takes one view and 3 of the 48 layers, one on each plane. The embedding costs the same at any depth, so
-these ratios are too low; those of 48 layers are computed below the table, from the row and 15 times the row "layers only".
+ratios of 48 layers are computed below the table, from such a row and 15 times the row "layers only". --depth 48 --widths 256 measures
+them, in 9 GB. Getting tensors of more than 32 MB anew from the system is most of the straightforward time; both sides keep their
+memory with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment.
 """
 import argparse
 import ctypes
@@ -99,8 +100,8 @@ def plain_pixel_features(maps, pixels, batch, image_size):
     return F.interpolate(maps, size=tuple(image_size), mode="bilinear", align_corners=True)[batch, :, row, col]
 
 
-def plain_item(frames, key):
-    """The item frames[key], of views of all cameras with a cloud and an image and training=False."""
+def plain_item(frames, key, whole=False):
+    """The item frames[key], of all cameras and training=False. whole: voxels of the whole scan, then what the camera sees of them."""
     index, options, fov = frames.index, frames.cloud, np.asarray(frames.cloud["fov"])
     number, camera = divmod(key[1], len(index.cameras))
     row, (mean, std) = frames.rows[number], options["intensity"]
@@ -110,10 +111,11 @@ def plain_item(frames, key):
     seen = np.column_stack([points[:, :3], np.ones(len(points))]) @ index.cam_from_lidar[row, camera].T     # [A, 4]
     pixels = seen[:, :3] @ index.intrinsics[row, camera].T
     pixels, size = pixels[:, 1::-1] / pixels[:, 2:], index.image_size[row, camera]               # [A, 2] row, col
-    keep = (seen[:, 2] > 1) & (pixels > 0).all(1) & (pixels < size - 1).all(1) & (np.abs(points[:, :3]) < fov - 1e-4).all(1)
-    # Voxels of the whole scan would cost more, and the first point of one need not be the first that the camera sees.
-    voxels = np.floor(points[keep, :3] / options["voxel"]).astype(np.int64)
-    keep = np.flatnonzero(keep)[np.sort(np.unique(voxels, axis=0, return_index=True)[1])]        # [N]
+    near = (np.abs(points[:, :3]) < fov - 1e-4).all(1)
+    keep = near & (seen[:, 2] > 1) & (pixels > 0).all(1) & (pixels < size - 1).all(1)
+    voxels = np.floor(points[near if whole else keep, :3] / options["voxel"]).astype(np.int64)
+    first = np.flatnonzero(near if whole else keep)[np.sort(np.unique(voxels, axis=0, return_index=True)[1])]
+    keep = first[keep[first]]                                                                    # [N]
     xyz = points[keep, :3]
     x, y, z = np.floor((xyz + fov) / options["cell"]).astype(np.int64).T
     (_, columns_xy), (_, columns_z), _ = plane_sizes(fov, options["cell"])
@@ -209,17 +211,21 @@ def table(rows):
 
 # ---- what is measured ----------------------------------------------------------------------------------------------------
 
-def item_case(frames):
-    """The data items of all views of the first frame, and a sentence about their images."""
+def item_cases(frames):
+    """The data items of all views of the first frame, straightforward in two ways; and what they do not have in common, in words."""
     keys, names = [(0, number) for number in range(len(frames.index.cameras))], ("pixels", "depths", "feats", "cells", "neighbors")
 
-    def run(plain, precision):
-        items = [plain_item(frames, key) if plain else frames[key] for key in keys]
-        return [item[name] for item in items for name in names]
+    def run(plain, precision, whole):
+        items = [plain_item(frames, key, whole) if plain else frames[key] for key in keys]
+        return [] if whole else [item[name] for item in items for name in names]
 
-    levels = torch.stack([(frames[key]["image"].float() - plain_item(frames, key)["image"].float()).abs() for key in keys])
-    return Case(f"{len(keys)} data items", run), ("Images, decoded here at a part of their resolution, are not among the differences: "
-                                                  f"{levels.max():.0f} of 255 levels at most, {levels.mean():.2f} in the mean.")
+    levels = torch.cat([(frames[key]["image"].float() - plain_item(frames, key)["image"].float()).abs() for key in keys])
+    points, others = ({tuple(row) for key in keys for row in item(key)["feats"].tolist()}
+                      for item in (frames.view, functools.partial(plain_item, frames, whole=True)))
+    note = (f"Images, decoded here at a part of their resolution, differ by {levels.max():.0f} of 255 levels at most, {levels.mean():.2f} in the "
+            f"mean. Voxels of the whole scan: {len(points - others)} of {len(points)} points are others, as the first in one may be out of view.")
+    return [Case(f"{len(keys)} data items{name}", functools.partial(run, whole=whole))
+            for name, whole in ((", voxels of the whole scan", True), (", voxels of a camera's points", False))], note
 
 
 class Given(nn.Module):
@@ -312,8 +318,8 @@ def loader_rate(frames, batch, workers):
 
 def hardware(device):
     """One line: GPU, processor, PyTorch, threads."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")] or [platform.processor() or platform.machine()]
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")] or [platform.machine()]
     gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
     return f"{gpu}{names[0]}, {os.cpu_count()} cores; PyTorch {torch.__version__}, threads: {torch.get_num_threads()}."
 
@@ -345,16 +351,15 @@ def main(argv=None):
         if (value := getattr(args, name)) is not None and np.min(value) < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
     device = training.start(args)
-    gpu = device.type == "cuda"
-    for name, *choice in (("depth", 3, 48), ("batch", 1, 8), ("encoder", "vit_small14", "dinov2_vitl14"), ("workers", None, os.cpu_count())):
+    for name, *choice in (("depth", 3, 48), ("batch", 1, 8), ("encoder", "vit_small14", "dinov2_vitl14"), ("precision", "fp32", "bf16"),
+                          ("workers", None, os.cpu_count())):
         if getattr(args, name) is None:
-            setattr(args, name, choice[gpu])
+            setattr(args, name, choice[device.type == "cuda"])
     torch.backends.cudnn.allow_tf32 = False   # differences are to be those of float32
 
     # ---- data ----
-    if args.data is None:
-        args.data = make_world("runs/bench-world", seed=0, train=(1, 0, 0), val=0, frames=1, image_size=(900, 1600), azimuths=1080,
-                               lidar_fov=360, cameras=6, workers=1)
+    args.data = args.data or make_world("runs/bench-world", seed=0, train=(1, 0, 0), val=0, frames=1, image_size=(900, 1600),
+                                        azimuths=1080, lidar_fov=360, cameras=6, workers=1)
     index = load_index(args.data, args.version)
     encoder = models.load_image_encoder(args.encoder, "random").to(device)
     encoder.check_size(image_size)
@@ -364,28 +369,27 @@ def main(argv=None):
     batch["pixels"] = batch["pixels"].floor()   # an up-sampled map has whole pixels
 
     # ---- measurements ----
-    item, note = item_case(frames)
-    cases, rows = [item], []
+    cases, note = item_cases(frames)
     for channels in args.widths:
         more, model = waffleiron_cases(channels, args.depth, encoder.dim, one, device)
         cases += more
-    for case in cases + step_cases(encoder, model, batch, image_size, device):
+    steps, rows = step_cases(encoder, model, batch, image_size, device), []
+    for case in cases + steps:
         print(f"{time.time() - start:4.0f} s: {case.name}", file=sys.stderr, flush=True)
         rows.append(measure(case, args.precision, args.repeats))
     linear = linear_cost(items, args.widths[0], args, device)
     loader = f"{loader_rate(frames, args.batch, args.workers):.0f} frames/s, {args.workers} processes" if args.workers else "not run"
 
     # ---- tables ----
-    stage1, deep = rows[-3], []
-    for row, layers in [*zip(rows[2:-3:3], rows[3:-3:3]), *([(stage1, rows[-4])] if args.batch == 1 else [])]:
-        times = [[a + (48 - args.depth) / 3 * b for a, b in zip(*pairs)] for pairs in zip(row["times"], layers["times"])]
-        deep.append(f"{row['name'].replace(f'WI-{args.depth}-', 'WI-48-')}: {faster(times)}")
-    frame = median(ours for _, ours in stage1["times"]) / args.batch
-    text = [hardware(device), table(rows), note, f"Times faster with 48 layers, computed: {'; '.join(deep)}." if args.depth < 48 else "", linear,
-            "| stage 1, WI-48-768, ViT-L, bf16, batch 8 | a frame | step | loader |\n|---|---:|---:|---:|\n| here | "
-            + (f"{frame * 1e3:.1f} ms | {1 / frame:.0f} frames/s" if gpu else "not run | not run") + f" | {loader} |",
-            f"{args.repeats} repetitions; {time.time() - start:.0f} s in all."]
-    text = "\n\n".join(filter(None, text))
+    found, deep, stage1 = {row["name"]: row for row in rows}, [], steps[0].name
+    pairs = [(f"WI-{args.depth}-{channels}, forward + backward", f"WI-3-{channels}, layers only") for channels in args.widths]
+    for name, layers in pairs + [(stage1, pairs[-1][1])] * (args.batch == 1):
+        times = [[a + (48 - args.depth) / 3 * b for a, b in zip(*both)] for both in zip(found[name]["times"], found[layers]["times"])]
+        deep.append(f"{name.replace(f'WI-{args.depth}-', 'WI-48-')}: {faster(times)}")
+    text = "\n\n".join(filter(None, [
+        hardware(device), table(rows), note, f"Times faster with 48 layers, computed: {'; '.join(deep)}." if args.depth < 48 else "", linear,
+        f"{stage1}, {args.precision}, here: {median(ours for _, ours in found[stage1]['times']) / args.batch * 1e3:,.1f} ms a frame. Loader: {loader}.",
+        f"{args.repeats} repetitions; {time.time() - start:.0f} s in all."]))
     print(text)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
