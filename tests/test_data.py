@@ -172,6 +172,15 @@ def test_jpegs_decoded_at_a_part_of_their_resolution_look_the_same(tmp_path, fac
     assert difference.max() == 0 if exact else difference.mean() < 1.5 and difference.max() < 16
 
 
+@pytest.mark.parametrize("raw", [(50, 90), (113, 97), (30, 60), (17, 31)])
+def test_resizing_is_pils_to_one_level(tmp_path, raw):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*raw, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    expected = np.array(image.resize((60, 30), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    difference = np.abs(data.read_image(tmp_path / "image.png", (30, 60)).astype(int) - expected)
+    assert difference.max() <= 1 and difference.mean() < 0.25
+
+
 def test_resizing_is_antialiased(tmp_path):
     stripes = np.zeros((80, 160, 3), np.uint8)
     stripes[:, ::2] = 255
