@@ -9,12 +9,11 @@ voxels by np.unique of rows. Both work on the same tensors and weights and take 
 table has their median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences are
 relative to their tensor's largest entry, in float32 and eval(), as padding enters BatchNorm in train(). They are rounding (in
 tests/test_bench.py in float64), which now and then puts an input of a ReLU on the other side of 0: then one point's part of one
-hidden unit's gradient is missing, up to 1e-2. Forward is timed as in stage 2, backward as in stage 1; the learning rate is 0.
+hidden unit's gradient is missing, some 1e-2. Forward is timed as in stage 2, backward as in stage 1; the learning rate is 0.
 
-On a CPU the bare command takes one view and 3 of the 48 layers, one on each plane. The embedding costs the same at any depth, so
-ratios of 48 layers are computed below the table, from such a row and 15 times the row "layers only". --depth 48 --widths 256 measures
-them, in 9 GB. Getting tensors of more than 32 MB anew from the system is most of the straightforward time; both sides keep their
-memory with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment.
+On a CPU the bare command takes one view and 6 of the 48 layers. The embedding costs the same at any depth: --depth 48 has all
+layers, in 17 GB at width 768. Getting tensors of more than 32 MB anew from the system is most of the straightforward time there;
+with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment both formulations keep their memory.
 """
 import argparse
 import ctypes
@@ -43,7 +42,7 @@ from distill import DIRECTIONS, distillation_loss, sample_features
 from errors import InputError, one_line_errors
 from index import load_index
 from miniature.world import make_world
-from waffleiron import GRIDS, WaffleIron
+from waffleiron import WaffleIron
 
 # ---- the straightforward formulation -------------------------------------------------------------------------------------
 
@@ -66,8 +65,6 @@ def on_columns(layer, x):
 
 def plain_embedding(embed, feats, neighbors):
     """feats [B, Cin, N], neighbors [B, K, N] -> [B, C, N]."""
-    if isinstance(embed, Given):
-        return embed.x.T[None]
     (b, c, n), k = feats.shape, neighbors.shape[1]
     x = on_columns(embed.norm, feats)
     index = neighbors.flatten(1).unsqueeze(1).expand(-1, c, -1)                                  # [B, Cin, K N]
@@ -228,17 +225,6 @@ def item_cases(frames):
             for name, whole in ((", voxels of the whole scan", True), (", voxels of a camera's points", False))], note
 
 
-class Given(nn.Module):
-    """A learned tensor; as an embedding, of points [N, C] that are embedded already."""
-
-    def __init__(self, *shape, device):
-        super().__init__()
-        self.x = nn.Parameter(torch.randn(shape, device=device))
-
-    def forward(self, *_):
-        return self.x
-
-
 def distill_case(name, stage, device, learner, pixel_features, point_features, optimizer=None):
     """What stage 1 or 2 does with two sides, functions of `plain` that give [M, D] each. stage None: they are computed, that is all."""
     def run(plain, precision):
@@ -265,16 +251,12 @@ def both_forms(batch):
 
 
 def waffleiron_cases(channels, depth, out_channels, batch, device):
-    """Of one width, forward; forward and backward; the same of three layers only, which is for one view. And the model."""
-    count, forward = len(batch["feats"]), both_forms(batch)
-    options = dict(channels=channels, norm="layernorm" if channels == 768 else "batchnorm")   # ScaLR, Sec. 4.1
-    model, layers = (WaffleIron(depth=d, out_channels=out_channels, **options).to(device) for d in (depth, len(GRIDS)))
-    layers.embed, layers.head = Given(count, channels, device=device), nn.Identity()
-    target, layers_target = (torch.randn(count, width, device=device) for width in (out_channels, channels))
-    return [distill_case(name, stage, device, learner, lambda plain, goal=goal: goal, functools.partial(forward, learner))
-            for name, stage, learner, goal in ((f"WI-{depth}-{channels}, forward", None, model, target),
-                                               (f"WI-{depth}-{channels}, forward + backward", 1, model, target),
-                                               (f"WI-3-{channels}, layers only", 1, layers, layers_target))], model
+    """Of one width, forward; forward and backward. And the model."""
+    norm = "layernorm" if channels == 768 else "batchnorm"   # ScaLR, Sec. 4.1
+    model = WaffleIron(channels=channels, depth=depth, out_channels=out_channels, norm=norm).to(device)
+    target, points = torch.randn(len(batch["feats"]), out_channels, device=device), functools.partial(both_forms(batch), model)
+    return [distill_case(f"WI-{depth}-{channels}, forward{more}", stage, device, model, lambda plain: target, points)
+            for more, stage in (("", None), (" + backward", 1))], model
 
 
 def step_cases(encoder, model, batch, image_size, device, wide=1024):
@@ -284,11 +266,11 @@ def step_cases(encoder, model, batch, image_size, device, wide=1024):
 
     views, points = len(batch["image"]), functools.partial(both_forms(batch), model)
     name = f"step, {encoder.spec['name']}, WI-{model.spec['depth']}-{model.spec['channels']}, batch {views}"
-    maps = Given(views, wide, *(side // 14 for side in image_size), device=device)
+    maps = nn.ParameterList([torch.randn(views, wide, *(side // 14 for side in image_size), device=device)])
     target = torch.randn(len(batch["pixels"]), wide, device=device)
     return [*(distill_case(f"stage-{stage} {name}", stage, device, learner, lambda plain: read(encoder(batch["image"]), plain), points,
                            torch.optim.AdamW(learner.parameters(), lr=0.0)) for stage, learner in ((1, model), (2, encoder))),
-            distill_case(f"stage-2 image side, {wide} channels, batch {views}", 2, device, maps, lambda plain: read(maps.x, plain),
+            distill_case(f"stage-2 image side, {wide} channels, batch {views}", 2, device, maps, lambda plain: read(maps[0], plain),
                          lambda plain: target)]
 
 
@@ -331,7 +313,7 @@ def parse(argv=None):
     add("--data", help="nuScenes root (default: a keyframe of nuScenes' size is made in runs/bench-world)")
     add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
     add("--widths", type=int, nargs="+", default=[256, 768], help="of WaffleIron; the steps take the last one (default: 256 768)")
-    add("--depth", type=int, help="layers of WaffleIron (default: 48 on a GPU, else 3)")
+    add("--depth", type=int, help="layers of WaffleIron (default: 48 on a GPU, else 6)")
     add("--batch", type=int, help="camera views in a step (default: 8 on a GPU, else 1)")
     add("--encoder", help="image encoder, with random weights (default: dinov2_vitl14 on a GPU, else vit_small14)")
     add("--points", type=int, nargs="+", default=[1000, 3000, 10000, 30000], help="of the linear cost (default: 1000 3000 10000 30000)")
@@ -351,7 +333,7 @@ def main(argv=None):
         if (value := getattr(args, name)) is not None and np.min(value) < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
     device = training.start(args)
-    for name, *choice in (("depth", 3, 48), ("batch", 1, 8), ("encoder", "vit_small14", "dinov2_vitl14"), ("precision", "fp32", "bf16"),
+    for name, *choice in (("depth", 6, 48), ("batch", 1, 8), ("encoder", "vit_small14", "dinov2_vitl14"), ("precision", "fp32", "bf16"),
                           ("workers", None, os.cpu_count())):
         if getattr(args, name) is None:
             setattr(args, name, choice[device.type == "cuda"])
@@ -373,23 +355,18 @@ def main(argv=None):
     for channels in args.widths:
         more, model = waffleiron_cases(channels, args.depth, encoder.dim, one, device)
         cases += more
-    steps, rows = step_cases(encoder, model, batch, image_size, device), []
-    for case in cases + steps:
+    rows = []
+    for case in cases + step_cases(encoder, model, batch, image_size, device):
         print(f"{time.time() - start:4.0f} s: {case.name}", file=sys.stderr, flush=True)
         rows.append(measure(case, args.precision, args.repeats))
     linear = linear_cost(items, args.widths[0], args, device)
     loader = f"{loader_rate(frames, args.batch, args.workers):.0f} frames/s, {args.workers} processes" if args.workers else "not run"
 
     # ---- tables ----
-    found, deep, stage1 = {row["name"]: row for row in rows}, [], steps[0].name
-    pairs = [(f"WI-{args.depth}-{channels}, forward + backward", f"WI-3-{channels}, layers only") for channels in args.widths]
-    for name, layers in pairs + [(stage1, pairs[-1][1])] * (args.batch == 1):
-        times = [[a + (48 - args.depth) / 3 * b for a, b in zip(*both)] for both in zip(found[name]["times"], found[layers]["times"])]
-        deep.append(f"{name.replace(f'WI-{args.depth}-', 'WI-48-')}: {faster(times)}")
-    text = "\n\n".join(filter(None, [
-        hardware(device), table(rows), note, f"Times faster with 48 layers, computed: {'; '.join(deep)}." if args.depth < 48 else "", linear,
-        f"{stage1}, {args.precision}, here: {median(ours for _, ours in found[stage1]['times']) / args.batch * 1e3:,.1f} ms a frame. Loader: {loader}.",
-        f"{args.repeats} repetitions; {time.time() - start:.0f} s in all."]))
+    frame = median(ours for _, ours in rows[-3]["times"]) / args.batch
+    text = "\n\n".join([hardware(device), table(rows), note, linear,
+                        f"{rows[-3]['name']}, {args.precision}, here: {frame * 1e3:,.1f} ms a frame. Loader: {loader}.",
+                        f"{args.repeats} repetitions; {time.time() - start:.0f} s in all."])
     print(text)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from data import CLOUD, Frames, collate, plane_sizes
 from distill import sample_features
 from experiments import bench
 from index import load_index
+from waffleiron import GRIDS as PAPERS_GRIDS
 from waffleiron import WaffleIron
 
 GRIDS = ((24, 20), (24, 8), (20, 8))
@@ -78,20 +79,6 @@ def test_in_training_mode_one_cloud_is_the_same_and_padding_is_not(double, norm)
     torch.testing.assert_close(plain_gradients, gradients)
     (plain, _), (ours, _) = outputs_and_gradients(model_of(norm).train(), collate([cloud(40), cloud(25)]))
     assert (plain - ours).abs().max() > 1e-3      # which is why the bench compares in eval()
-
-
-def test_layers_only_are_the_layers():
-    """From the embedding, with a WaffleIron's weights, they make its features."""
-    batch = collate([cloud(30, torch.float32)])
-    cases, model = bench.waffleiron_cases(8, 3, 6, batch, torch.device("cpu"))
-    layers = cases[2].learner
-    layers.spatial_mix.load_state_dict(model.spatial_mix.state_dict())
-    layers.channel_mix.load_state_dict(model.channel_mix.state_dict())
-    layers.embed.x.data.copy_(model.eval().embed(batch["feats"], batch["neighbors"]))
-    expected = model.features(*(batch[name] for name in ("feats", "cells", "neighbors", "batch")))
-    layers.eval()
-    for plain in (True, False):
-        torch.testing.assert_close(cases[2].run(plain, "fp32")[1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_reading_an_upsampled_map_is_sampling():
@@ -179,16 +166,15 @@ def test_a_small_run_writes_all_rows(world, tmp_path, monkeypatch, capsys):
     assert "nan" not in text and "inf" not in text and torch.__version__ in text
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()
                                               if line.startswith("|"))}
-    for name in ("WI-3-8, forward", "WI-3-8, forward + backward", "WI-3-8, layers only", "WI-3-12, forward", "1 data items, voxels of the whole scan", "1 data items, voxels of a camera's points",
-                 "WI-3-12, forward + backward", "WI-3-12, layers only", "stage-1 step, vit_mini8, WI-3-12, batch 1",
-                 "stage-2 step, vit_mini8, WI-3-12, batch 1", "stage-2 image side, 1024 channels, batch 1"):
+    for name in ("1 data items, voxels of the whole scan", "1 data items, voxels of a camera's points", "WI-6-8, forward",
+                 "WI-6-8, forward + backward", "WI-6-12, forward", "WI-6-12, forward + backward", "stage-1 step, vit_mini8, WI-6-12, batch 1",
+                 "stage-2 step, vit_mini8, WI-6-12, batch 1", "stage-2 image side, 1024 channels, batch 1"):
         cells = rows[name]
         assert len(cells) == 8 and re.fullmatch(r"[\d,]+ ms", cells[0]) and re.fullmatch(r"[\d,]+ ms", cells[1])
         assert re.fullmatch(r"[\d.]+ \([\d.]+–[\d.]+\)", cells[2]) and all(re.fullmatch(r"[\d,]+ MB|not run", c) for c in cells[3:5])
         assert (cells[6] == "-" if "whole scan" in name else float(cells[6]) < 1e-4) and (cells[7] == "-" or float(cells[7]) < 1e-3), name
     assert rows["900 points"][0].isdigit() and rows["30 points"][2].endswith("µs")
-    assert re.search(r"WI-3-12, batch 1, fp32, here: [\d.,]+ ms a frame. Loader: \d+ frames/s, 1 processes.", text)
-    assert "stage-1 step, vit_mini8, WI-48-12, batch 1: " in text      # computed for 48 layers
+    assert re.search(r"WI-6-12, batch 1, fp32, here: [\d.,]+ ms a frame. Loader: \d+ frames/s, 1 processes.", text)
 
 
 @pytest.mark.parametrize("flags, named", [(["--repeats", "0"], "--repeats"), (["--points", "30", "-1"], "--points"), (["--batch", "0"], "--batch"),
@@ -205,8 +191,8 @@ def test_ratios_on_the_real_keyframe(real):
     """With a wide margin: another job on the machine must not fail it."""
     frames = Frames(load_index(real, "v1.0-mini"), [0], "CAM_FRONT", None, CLOUD)
     batch = collate([frames[0, 0]])
-    assert plane_sizes(CLOUD["fov"], CLOUD["cell"]) == bench.GRIDS
-    row = bench.measure(bench.waffleiron_cases(256, 3, 384, batch, torch.device("cpu"))[0][2], None, 2)
-    assert median(plain / ours for plain, ours in row["times"]) > 3, row
+    assert plane_sizes(CLOUD["fov"], CLOUD["cell"]) == PAPERS_GRIDS
+    row = bench.measure(bench.waffleiron_cases(256, 12, 384, batch, torch.device("cpu"))[0][1], None, 2)
+    assert median(plain / ours for plain, ours in row["times"]) > 1.5, row
     assert row["peaks"][0] is None or row["peaks"][1] < 0.5 * row["peaks"][0], row
     assert row["differ"][0] < 1e-4 and row["differ"][1] < 0.1, row  # of gradients: a ReLU's input may be 0 to rounding
