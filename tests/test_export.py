@@ -125,7 +125,8 @@ def session(path):
 
 
 @pytest.mark.parametrize("name, size, feature", [
-    ("dinov2_vitg14_reg", (28, 56), "prenorm"), ("dinov2_vits14", (42, 28), "norm"), ("dinov3_vith16plus", (32, 48), "norm"),
+    pytest.param("dinov2_vitg14_reg", (28, 56), "prenorm", marks=pytest.mark.slow), ("dinov2_vits14", (42, 28), "norm"),
+    pytest.param("dinov3_vith16plus", (32, 48), "norm", marks=pytest.mark.slow),
     ("dino_resnet50", (64, 96), "layer4")])
 def test_onnx_gives_the_same_features_for_any_batch(stage2, tmp_path, name, size, feature, capsys):
     pytest.importorskip("onnxscript")

@@ -129,6 +129,7 @@ def miniature(tmp_path_factory):
                       dataset="nuimages")
 
 
+@pytest.mark.slow
 def test_the_devkit_draws_the_same_masks(miniature):
     from nuimages import NuImages
     from nuimages.utils.utils import name_to_index_mapping
