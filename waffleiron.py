@@ -50,7 +50,7 @@ class BatchNorm(nn.BatchNorm1d):
         return (centred * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
 
     def after(self, linear, x):
-        """Weight [C, Cin] and bias [C] of the one linear layer that `linear` (without bias) and then this BatchNorm are on x [N, Cin].
+        """Weight [C, Cin] and bias [C] of the one linear layer that `linear` (without bias) and then this BatchNorm are on x [N, Cin], N > 1.
 
         What a linear layer makes of rows has W mean for a mean and the diagonal of W cov W' for a variance: its output
         [N, C] is not needed for its statistics.
@@ -61,7 +61,7 @@ class BatchNorm(nn.BatchNorm1d):
             # Sums of products, not matrix products, which autocast would round.
             cov = over_processes((centred.unsqueeze(2) * centred.unsqueeze(1)).sum(0)) / count           # [Cin, Cin]
             mean = (linear.weight * x_mean).sum(1)                                                       # [C]
-            var = (linear.weight.unsqueeze(2) * linear.weight.unsqueeze(1) * cov).sum((1, 2))            # [C]
+            var = (linear.weight.unsqueeze(2) * linear.weight.unsqueeze(1) * cov).sum((1, 2)).clamp(min=0)   # [C]
             self.track(count, mean, var)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return scale.unsqueeze(1) * linear.weight, self.bias - scale * mean

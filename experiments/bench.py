@@ -7,8 +7,8 @@ Straightforward is what the papers say, word for word: clouds zero-padded to [B,
 expanded index, the feature map up-sampled to the image before pixels are read; the image decoded in full, all points projected,
 voxels by np.unique of rows. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, the
 table has their median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences are
-relative to their tensor's largest entry, in float32 and eval(), as padding enters BatchNorm in train(). They are rounding (in
-tests/test_bench.py in float64), which now and then puts an input of a ReLU on the other side of 0: then one point's part of one
+relative to their tensor's largest entry, in float32 and eval(), as padding enters BatchNorm in train(). They are rounding, as
+tests/test_bench.py shows in float64; now and then it puts an input of a ReLU on the other side of 0, and one point's part of one
 hidden unit's gradient is missing, some 1e-2. Forward is timed as in stage 2, backward as in stage 1; the learning rate is 0.
 
 On a CPU the bare command takes one view and 6 of the 48 layers. The embedding costs the same at any depth: --depth 48 has all

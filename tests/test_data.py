@@ -169,10 +169,10 @@ def test_jpegs_decoded_at_a_part_of_their_resolution_look_the_same(tmp_path, fac
     with Image.open(tmp_path / "image.jpg") as image:
         whole = np.array(image.convert("RGB").resize((80, 40), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
     difference = np.abs(data.read_image(tmp_path / "image.jpg", (40, 80)) - whole)
-    assert difference.max() == 0 if exact else difference.mean() < 1.5 and difference.max() < 16
+    assert difference.max() <= 1 if exact else difference.mean() < 1.5 and difference.max() < 16
 
 
-@pytest.mark.parametrize("raw", [(50, 90), (113, 97), (30, 60), (17, 31)])
+@pytest.mark.parametrize("raw", [(50, 90), (113, 97), (450, 800), (30, 60), (17, 31)])
 def test_resizing_is_pils_to_one_level(tmp_path, raw):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*raw, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")

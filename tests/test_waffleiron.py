@@ -241,6 +241,13 @@ def test_a_linear_layer_and_a_batchnorm_are_one_linear_layer():
         torch.testing.assert_close(norm.state_dict(), norm_after.state_dict())
 
 
+def test_variances_far_from_zero_are_those_of_float64():
+    x, linear, norm = 1000 + torch.randn(200, 5), torch.nn.Linear(5, 6, bias=False), BatchNorm(6)
+    norm.after(linear, x)
+    expected = (x.double() @ linear.weight.double().T).var(0)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * expected, rtol=1e-3, atol=0)
+
+
 def test_bfloat16_autocast_leaves_batch_statistics_in_float32():
     linear, norm, x = torch.nn.Linear(5, 6, bias=False), BatchNorm(6), 10 + torch.randn(100, 5)
     expected = norm.after(linear, x)
