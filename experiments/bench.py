@@ -363,9 +363,10 @@ def main(argv=None):
     loader = f"{loader_rate(frames, args.batch, args.workers):.0f} frames/s, {args.workers} processes" if args.workers else "not run"
 
     # ---- tables ----
-    frame = median(ours for _, ours in rows[-3]["times"]) / args.batch
+    stage1 = rows[-3]   # of the three that step_cases gives
+    frame = median(ours for _, ours in stage1["times"]) / args.batch
     text = "\n\n".join([hardware(device), table(rows), note, linear,
-                        f"{rows[-3]['name']}, {args.precision}, here: {frame * 1e3:,.1f} ms a frame. Loader: {loader}.",
+                        f"{stage1['name']}, {args.precision}, here: {frame * 1e3:,.1f} ms a frame. Loader: {loader}.",
                         f"{args.repeats} repetitions; {time.time() - start:.0f} s in all."])
     print(text)
     if args.out:

@@ -246,6 +246,10 @@ def test_variances_far_from_zero_are_those_of_float64():
     norm.after(linear, x)
     expected = (x.double() @ linear.weight.double().T).var(0)
     torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * expected, rtol=1e-3, atol=0)
+    flat = 1000 * torch.randn(200, 1) @ torch.randn(1, 5)       # where W makes nothing of it, rounding must not be a variance below 0
+    with torch.no_grad():
+        linear.weight -= linear.weight @ flat[:1].T @ flat[:1] / flat[0].square().sum()
+    assert all(value.isfinite().all() for value in norm.after(linear, flat))
 
 
 def test_bfloat16_autocast_leaves_batch_statistics_in_float32():
