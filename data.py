@@ -31,10 +31,10 @@ def read_scan(path):
     content = _read(path)
     if len(content) == 0 or len(content) % 20:
         raise InputError(f"{path}: cut short: {len(content)} bytes are not whole points of 5 floats; extract it again")
-    scan = np.frombuffer(content, np.float32).reshape(-1, 5)[:, :4]
+    scan = np.frombuffer(content, np.float32).reshape(-1, 5)
     if not np.isfinite(scan).all():
         raise InputError(f"{path}: {(~np.isfinite(scan)).any(1).sum()} of {len(scan)} points are not finite numbers; extract it again")
-    return scan
+    return scan[:, :4]
 
 
 def read_labels(path, coarse, count):
@@ -86,12 +86,12 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres. A point is visible if it
     is more than min_depth away and 0 < row < H-1, 0 < col < W-1 (nuscenes-devkit's rule, whose margin is 1).
     """
-    visible = np.flatnonzero(cam_from_lidar[2, :3] @ xyz.T + cam_from_lidar[2, 3] > min_depth)  # first those ahead: a third
-    camera = (xyz[visible] @ cam_from_lidar[:3, :3].T + cam_from_lidar[:3, 3]) @ intrinsics.T
-    pixels = camera[:, 1::-1] / camera[:, 2:]  # [M, 2] row, col
-    row, col = pixels.T
+    camera = cam_from_lidar[:3, :3] @ xyz.T + cam_from_lidar[:3, 3:]      # [3, N]
+    ahead = np.flatnonzero(camera[2] > min_depth)
+    col, row, depth = intrinsics @ camera[:, ahead]
+    row, col = row / depth, col / depth
     inside = (row > 0) & (row < size[0] - 1) & (col > 0) & (col < size[1] - 1)
-    return visible[inside], pixels[inside], camera[inside, 2]
+    return ahead[inside], np.column_stack([row[inside], col[inside]]), depth[inside]
 
 
 def rotate_and_flip(xyz, rng):
@@ -141,11 +141,10 @@ def nearest_neighbors(xyz, count):
     available = min(count, len(xyz) - 1)
     if available < 1:
         return np.zeros((len(xyz), count), np.int64)
-    found = cKDTree(xyz).query(xyz, k=available + 1)[1]  # [N, 1 + available]
-    itself = found == np.arange(len(xyz))[:, None]
-    itself[~itself.any(1), -1] = True  # where many points coincide it need not be among its nearest
-    found = found[~itself].reshape(len(xyz), available)
-    return found[:, np.arange(count) % available].astype(np.int64)
+    ranks = [1, *(np.arange(count) % available + 2)]
+    found = cKDTree(xyz).query(xyz, k=ranks)[1]                           # [N, 1 + count], usually itself first
+    itself, others = np.arange(len(xyz))[:, None], found[:, 1:]
+    return np.where(others == itself, found[:, :1], others)               # not so among points that coincide
 
 
 def point_features(xyz, intensity, mean, std):
