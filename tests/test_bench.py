@@ -131,9 +131,12 @@ def test_a_row_and_its_differences():
 
     row = bench.measure(bench.Case("a name", run, learner=learner), None, 4)
     assert row["differ"] == pytest.approx([1e-3, 1e-3], rel=1e-2) and len(row["times"]) == 4
+    assert len(bench.measure(bench.Case("a name", run, learner=learner), None, 1, at_least_s=0.2)["times"]) > 4
     assert learner.weight.grad is None
     assert bench.faster([(2, 1), (6, 2), (4, 4)]) == "2.0 (1.0–3.0)"
     assert bench.difference([torch.tensor([4.0, 2.0])], [torch.tensor([4.0, 1.0])]) == 0.25
+    hours = bench.whole_run({"name": "a step", "times": [(9.0, 2.0), (9.0, 4.0), (9.0, 1.0)]}, batch=4, views=7200)
+    assert hours == "a step, here: 500.0 ms a view; the paper's 7,200 views at that: 1.0 hours."
     row["peaks"] = [None, None]
     assert "| a name |" in bench.table([row]) and bench.table([row]).count("not run") == 3
 
@@ -154,7 +157,7 @@ def test_steps_leave_the_weights_and_the_frozen_side(world):
 
 # ---- the whole -----------------------------------------------------------------------------------------------------------
 
-SMALL = ["--device", "cpu", "--widths", "8", "12", "--encoder", "vit_mini8", "--points", "30", "900", "--repeats", "1"]
+SMALL = ["--device", "cpu", "--widths", "8", "12", "--encoder", "vit_mini8", "--points", "30", "900", "--repeats", "1", "--seconds", "0"]
 
 
 @pytest.mark.slow
@@ -174,7 +177,8 @@ def test_a_small_run_writes_all_rows(world, tmp_path, monkeypatch, capsys):
         assert re.fullmatch(r"[\d.]+ \([\d.]+–[\d.]+\)", cells[2]) and all(re.fullmatch(r"[\d,]+ MB|not run", c) for c in cells[3:5])
         assert (cells[6] == "-" if "whole scan" in name else float(cells[6]) < 1e-4) and (cells[7] == "-" or float(cells[7]) < 0.1), name    # a ReLU at 0
     assert rows["900 points"][0].isdigit() and rows["30 points"][2].endswith("µs")
-    assert re.search(r"WI-6-12, batch 1, fp32, here: [\d.,]+ ms a frame. Loader: \d+ frames/s, 1 processes.", text)
+    assert len(re.findall(r"stage-[12] step, .*WI-6-12, batch 1, here: [\d.,]+ ms a view; the paper's [\d,]+ views at that: [\d.,]+ hours.", text)) == 2
+    assert re.search(r"Precision: fp32. Loader: \d+ frames/s, 1 processes. 1 repetitions", text)
 
 
 @pytest.mark.parametrize("flags, named", [(["--repeats", "0"], "--repeats"), (["--points", "30", "-1"], "--points"), (["--batch", "0"], "--batch"),
