@@ -196,7 +196,7 @@ def test_ratios_on_the_real_keyframe(real):
     frames = Frames(load_index(real, "v1.0-mini"), [0], "CAM_FRONT", None, CLOUD)
     batch = collate([frames[0, 0]])
     assert plane_sizes(CLOUD["fov"], CLOUD["cell"]) == PAPERS_GRIDS
-    row = bench.measure(bench.waffleiron_cases(256, 12, 384, batch, torch.device("cpu"))[0][1], None, 2)
+    row = bench.measure(bench.waffleiron_cases(256, 6, 384, batch, torch.device("cpu"))[0][1], None, 2)
     assert median(plain / ours for plain, ours in row["times"]) > 1.1, row
     assert row["peaks"][0] is None or row["peaks"][1] < 0.5 * row["peaks"][0], row
     assert row["differ"][0] < 1e-4 and row["differ"][1] < 0.1, row  # of gradients: a ReLU's input may be 0 to rounding
