@@ -32,8 +32,9 @@ def read_scan(path):
     if len(content) == 0 or len(content) % 20:
         raise InputError(f"{path}: cut short: {len(content)} bytes are not whole points of 5 floats; extract it again")
     scan = np.frombuffer(content, np.float32).reshape(-1, 5)
-    if not np.isfinite(scan).all():
-        raise InputError(f"{path}: {(~np.isfinite(scan)).any(1).sum()} of {len(scan)} points are not finite numbers; extract it again")
+    finite = np.isfinite(scan)[:, :4]  # of the ring index, the fifth, nothing is asked
+    if not finite.all():
+        raise InputError(f"{path}: {(~finite).any(1).sum()} of {len(scan)} points are not finite numbers; extract it again")
     return scan[:, :4]
 
 
@@ -142,9 +143,9 @@ def nearest_neighbors(xyz, count):
     if available < 1:
         return np.zeros((len(xyz), count), np.int64)
     ranks = [1, *(np.arange(count) % available + 2)]
-    found = cKDTree(xyz).query(xyz, k=ranks)[1]                           # [N, 1 + count], usually itself first
-    itself, others = np.arange(len(xyz))[:, None], found[:, 1:]
-    return np.where(others == itself, found[:, :1], others)               # not so among points that coincide
+    found = cKDTree(xyz).query(xyz, k=ranks)[1]  # [N, 1 + count]
+    first, others, itself = found[:, :1], found[:, 1:], np.arange(len(xyz))[:, None]
+    return np.where(others == itself, first, others)  # where the first is another point, it is at the same place
 
 
 def point_features(xyz, intensity, mean, std):

@@ -4,8 +4,8 @@
     python -m experiments.bench --data /data/nuscenes --version v1.0-mini --out runs/bench.md   # on a real one
 
 Straightforward is what the papers say, word for word: clouds zero-padded to [B, C, N], whole planes, scatter and gather with an
-expanded index, the feature map up-sampled to the image before pixels are read; the image decoded in full, all points projected,
-voxels by np.unique of rows. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, the
+expanded index, the feature map up-sampled to the image before pixels are read; the image decoded in full, voxels by np.unique of
+rows, pixels of all points. Both work on the same tensors and weights and take turns; a ratio is of two neighbours in time, the
 table has their median and range. Memory is the peak above what was resident (on a GPU: allocated) before. Differences are
 relative to their tensor's largest entry, in float32 and eval(), as padding enters BatchNorm in train(). They are rounding, as
 tests/test_bench.py shows in float64; now and then it puts an input of a ReLU on the other side of 0, and one point's part of one
@@ -44,8 +44,8 @@ from index import load_index
 from miniature.world import make_world
 from waffleiron import WaffleIron
 
-# Views that the paper's stages 1 and 2 learn from: 49 epochs of some 20,000 clear frames, one camera each; all frames' six cameras once.
-VIEWS = 49 * 20_000, 6 * 28_130
+# What stages 1 and 2 learn from, in views and in words. 49 epochs and one: the paper, Sec. 4.1; frames: nuScenes (`python index.py` counts them).
+RUNS = ((49 * 20_000, "49 epochs of about 20,000 clear frames, one camera each"), (6 * 28_130, "one epoch of 28,130 frames, six cameras each"))
 
 # ---- the straightforward formulation -------------------------------------------------------------------------------------
 
@@ -173,11 +173,16 @@ def difference(plain, ours):
                 for a, b in zip(plain, ours, strict=True)), default=None)
 
 
-def measure(case, precision, repeats, at_least_s=0.0):
-    """A row of the table, a dict: differences of outputs and gradients; times [s] and peaks [bytes] of (straightforward, ours).
+def repeat(runs, device, repeats, at_least_s):
+    """Times [s] of the functions `runs` in turn: a list of lists, of so many repetitions and so many seconds at least."""
+    times = []
+    while len(times) < repeats or np.sum(times) < at_least_s:
+        times.append([seconds(run, device) for run in runs])
+    return times
 
-    What is short is repeated more often than `repeats` times, until so many seconds are spent.
-    """
+
+def measure(case, precision, repeats, at_least_s):
+    """A row of the table, a dict: differences of outputs and gradients; times [s] and peaks [bytes] of (straightforward, ours)."""
     found = []
     for plain in (True, False):   # the comparison is the warm-up
         case.learner.eval().zero_grad()
@@ -187,9 +192,7 @@ def measure(case, precision, repeats, at_least_s=0.0):
     del found, outputs
     case.learner.train(case.train).zero_grad()
     runs = [functools.partial(case.run, plain, precision) for plain in (True, False)]
-    times = []
-    while len(times) < repeats or np.sum(times) < at_least_s:
-        times.append([seconds(run, case.device) for run in runs])
+    times = repeat(runs, case.device, repeats, at_least_s)
     peaks = [peak_bytes(run, case.device) for run in runs]
     case.learner.eval().zero_grad()
     return {"name": case.name, "differ": differ, "times": times, "peaks": peaks}
@@ -228,7 +231,7 @@ def item_cases(frames):
     points, others = ({tuple(row) for key in keys for row in item(key)["feats"].tolist()}
                       for item in (frames.view, functools.partial(plain_item, frames, whole=True)))
     note = (f"Images, decoded here at a part of their resolution, differ by {levels.max():.0f} of 255 levels at most, {levels.mean():.2f} in the "
-            f"mean. Voxels of the whole scan: {len(points - others)} of {len(points)} points are others, as the first in one may be out of view.")
+            f"mean. Voxels of the whole scan: {len(points - others)} of {len(points)} different points are others, as the first in one may be out of view.")
     return [Case(f"{len(keys)} data items{name}", functools.partial(run, whole=whole))
             for name, whole in ((", voxels of the whole scan", True), (", voxels of a camera's points", False))], note
 
@@ -284,26 +287,28 @@ def step_cases(encoder, model, batch, image_size, device, wide=1024):
 
 def linear_cost(items, channels, args, device):
     """Markdown: our forward and backward of so many points, which come in whole views but for the last one, cut to fit."""
-    lines = [f"| WI-{args.depth}-{channels}, forward + backward, here | views | time | a point |", "|---|---:|---:|---:|"]
+    lines = [f"| WI-{args.depth}-{channels}, forward + backward, here | views | time | a point (range) |", "|---|---:|---:|---:|"]
     views = collate(items * (1 + max(args.points) // sum(len(item["feats"]) for item in items)))
     for count in args.points:   # a neighbour beyond the cut becomes the last point: it costs the same
         batch = {"feats": views["feats"][:count], "cells": views["cells"][:, :count], "batch": views["batch"][:count],
                  "neighbors": views["neighbors"][:count].clamp(max=count - 1)}
         case = waffleiron_cases(channels, args.depth, channels, training.to_device(batch, device), device)[0][1]
-        case.run(False, args.precision)   # warm-up: the first run of a size takes up to twice as long
-        time_s = median(seconds(lambda: case.run(False, args.precision), device) for _ in range(args.repeats))
-        lines.append(f"| {count:,} points | {batch['batch'][-1] + 1} | {time_s * 1e3:,.0f} ms | {time_s / count * 1e6:,.0f} µs |")
+        run = functools.partial(case.run, False, args.precision)
+        run()   # warm-up: the first run of a size takes up to twice as long
+        times = np.concatenate(repeat([run], device, args.repeats, args.seconds))
+        low, middle, high = np.quantile(times, (0, 0.5, 1)) / count * 1e6
+        lines.append(f"| {count:,} points | {batch['batch'][-1] + 1} | {median(times) * 1e3:,.0f} ms | {middle:,.0f} ({low:,.0f}–{high:,.0f}) µs |")
     return "\n".join(lines)
 
 
-def whole_run(row, batch, views):
-    """A row of `measure` in words: what one view takes, and how long the paper's run would be at that."""
+def whole_run(row, batch, views, words):
+    """A row of `measure` in words: what a view takes, and how long a run of so many views would be, the steps alone."""
     view_s = median(ours for _, ours in row["times"]) / batch
-    return f"{row['name']}, here: {view_s * 1e3:,.1f} ms a view; the paper's {views:,} views at that: {view_s * views / 3600:,.1f} hours."
+    return f"{row['name']}, here: {view_s * 1e3:,.1f} ms a view, so {view_s * views / 3600:,.1f} hours of steps for {words}."
 
 
 def loader_rate(frames, batch, workers):
-    """Frames/s of a DataLoader with so many processes, its first batches aside; the files are in the system's memory by then."""
+    """Views/s of a DataLoader with so many processes, its first batches aside; the files are in the system's memory by then."""
     batches = [[(i, (i * batch + n) % len(frames)) for n in range(batch)] for i in range(20 * workers)]
     loader, begin = training.load(frames, batches, collate, workers, torch.device("cpu")), None
     for number, _ in enumerate(loader, 1):
@@ -331,7 +336,7 @@ def parse(argv=None):
     add("--encoder", help="image encoder, with random weights (default: dinov2_vitl14 on a GPU, else vit_small14)")
     add("--points", type=int, nargs="+", default=[1000, 3000, 10000, 30000], help="of the linear cost (default: 1000 3000 10000 30000)")
     add("--repeats", type=int, default=3, help="of each measurement, at least (default: %(default)s)")
-    add("--seconds", type=float, default=3.0, help="what is short is repeated for so long (default: %(default)s)")
+    add("--seconds", type=float, default=3.0, help="of each measurement, at least: short ones are repeated more often (default: %(default)s)")
     add("--workers", type=int, help="processes of the loader (default: all cores beside a GPU; else it is not run)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
@@ -346,6 +351,8 @@ def main(argv=None):
     for name in ("widths", "depth", "points", "repeats", "workers"):
         if (value := getattr(args, name)) is not None and np.min(value) < 1:
             raise InputError(f"--{name} {value}: must be at least 1")
+    if not 0 <= args.seconds < 3600:
+        raise InputError(f"--seconds {args.seconds}: must be 0 or more, and less than an hour")
     device = training.start(args)
     for name, *choice in (("depth", 6, 48), ("batch", 1, 8), ("encoder", "vit_small14", "dinov2_vitl14"), ("precision", "fp32", "bf16"),
                           ("workers", None, os.cpu_count())):
@@ -374,13 +381,13 @@ def main(argv=None):
         print(f"{time.time() - start:4.0f} s: {case.name}", file=sys.stderr, flush=True)
         rows.append(measure(case, args.precision, args.repeats, args.seconds))
     linear = linear_cost(items, args.widths[0], args, device)
-    loader = f"{loader_rate(frames, args.batch, args.workers):.0f} frames/s, {args.workers} processes" if args.workers else "not run"
+    loader = f"{loader_rate(frames, args.batch, args.workers):.0f} views/s, {args.workers} processes" if args.workers else "not run"
 
     # ---- tables ----
     steps = rows[-3:-1]   # of the three rows of step_cases
     text = "\n\n".join([hardware(device), table(rows), note, linear,
-                        *(whole_run(row, args.batch, views) for row, views in zip(steps, VIEWS)),
-                        f"Precision: {args.precision}. Loader: {loader}. {args.repeats} repetitions, of short ones those of {args.seconds:g} s; "
+                        *(whole_run(row, args.batch, *run) for row, run in zip(steps, RUNS)),
+                        f"Precision: {args.precision}. Loader: {loader}. At least {args.repeats} repetitions and {args.seconds:g} s of each; "
                         f"{time.time() - start:.0f} s in all."])
     print(text)
     if args.out:

@@ -129,14 +129,14 @@ def test_a_row_and_its_differences():
         out.sum().backward()
         return [out]
 
-    row = bench.measure(bench.Case("a name", run, learner=learner), None, 4)
+    row = bench.measure(bench.Case("a name", run, learner=learner), None, 4, 0)
     assert row["differ"] == pytest.approx([1e-3, 1e-3], rel=1e-2) and len(row["times"]) == 4
-    assert len(bench.measure(bench.Case("a name", run, learner=learner), None, 1, at_least_s=0.2)["times"]) > 4
+    assert len(bench.measure(bench.Case("a name", run, learner=learner), None, 1, 0.2)["times"]) > 4
     assert learner.weight.grad is None
     assert bench.faster([(2, 1), (6, 2), (4, 4)]) == "2.0 (1.0–3.0)"
     assert bench.difference([torch.tensor([4.0, 2.0])], [torch.tensor([4.0, 1.0])]) == 0.25
-    hours = bench.whole_run({"name": "a step", "times": [(9.0, 2.0), (9.0, 4.0), (9.0, 1.0)]}, batch=4, views=7200)
-    assert hours == "a step, here: 500.0 ms a view; the paper's 7,200 views at that: 1.0 hours."
+    hours = bench.whole_run({"name": "a step", "times": [(9.0, 2.0), (9.0, 4.0), (9.0, 1.0)]}, 4, 7200, "an epoch")
+    assert hours == "a step, here: 500.0 ms a view, so 1.0 hours of steps for an epoch."
     row["peaks"] = [None, None]
     assert "| a name |" in bench.table([row]) and bench.table([row]).count("not run") == 3
 
@@ -163,25 +163,31 @@ SMALL = ["--device", "cpu", "--widths", "8", "12", "--encoder", "vit_mini8", "--
 @pytest.mark.slow
 def test_a_small_run_writes_all_rows(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "IMAGE_SIZE", (40, 80))
-    bench.main(["--data", str(world), *SMALL, "--workers", "1", "--out", str(tmp_path / "sub" / "bench.md")])
+    measured, measure = [], bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *arguments: measured.append(arguments) or measure(*arguments))
+    bench.main(["--data", str(world), *SMALL, "--batch", "2", "--workers", "1", "--out", str(tmp_path / "sub" / "bench.md")])
     text = (tmp_path / "sub" / "bench.md").read_text()
     assert text == capsys.readouterr().out
     assert "nan" not in text and "inf" not in text and torch.__version__ in text
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()
                                               if line.startswith("|"))}
     for name in ("1 data items, voxels of the whole scan", "1 data items, voxels of a camera's points", "WI-6-8, forward",
-                 "WI-6-8, forward + backward", "WI-6-12, forward", "WI-6-12, forward + backward", "stage-1 step, vit_mini8, WI-6-12, batch 1",
-                 "stage-2 step, vit_mini8, WI-6-12, batch 1", "stage-2 image side, 1024 channels, batch 1"):
+                 "WI-6-8, forward + backward", "WI-6-12, forward", "WI-6-12, forward + backward", "stage-1 step, vit_mini8, WI-6-12, batch 2",
+                 "stage-2 step, vit_mini8, WI-6-12, batch 2", "stage-2 image side, 1024 channels, batch 2"):
         cells = rows[name]
         assert len(cells) == 8 and re.fullmatch(r"[\d,]+ ms", cells[0]) and re.fullmatch(r"[\d,]+ ms", cells[1])
         assert re.fullmatch(r"[\d.]+ \([\d.]+–[\d.]+\)", cells[2]) and all(re.fullmatch(r"[\d,]+ MB|not run", c) for c in cells[3:5])
         assert (cells[6] == "-" if "whole scan" in name else float(cells[6]) < 1e-4) and (cells[7] == "-" or float(cells[7]) < 0.1), name    # a ReLU at 0
     assert rows["900 points"][0].isdigit() and rows["30 points"][2].endswith("µs")
-    assert len(re.findall(r"stage-[12] step, .*WI-6-12, batch 1, here: [\d.,]+ ms a view; the paper's [\d,]+ views at that: [\d.,]+ hours.", text)) == 2
-    assert re.search(r"Precision: fp32. Loader: \d+ frames/s, 1 processes. 1 repetitions", text)
+    for stage, words in ((1, "49 epochs of about 20,000 clear frames, one camera each"), (2, "one epoch of 28,130 frames, six cameras each")):
+        name = f"stage-{stage} step, vit_mini8, WI-6-12, batch 2"
+        view_ms = float(re.search(rf"^{name}, here: ([\d.]+) ms a view, so [\d.]+ hours of steps for {words}.$", text, re.MULTILINE)[1])
+        assert abs(2 * view_ms - float(rows[name][1].removesuffix(" ms").replace(",", ""))) < 1
+    assert re.search(r"Precision: fp32. Loader: \d+ views/s, 1 processes. At least 1 repetitions and 0 s of each", text)
+    assert {arguments[1:] for arguments in measured} == {("fp32", 1, 0.0)}
 
 
-@pytest.mark.parametrize("flags, named", [(["--repeats", "0"], "--repeats"), (["--points", "30", "-1"], "--points"), (["--batch", "0"], "--batch"),
+@pytest.mark.parametrize("flags, named", [(["--repeats", "0"], "--repeats"), (["--points", "30", "-1"], "--points"), (["--seconds", "-1"], "--seconds"), (["--batch", "0"], "--batch"),
                                           (["--encoder", "no_such"], "no_such")])
 def test_bad_flags_are_one_line(world, capsys, flags, named):
     with pytest.raises(SystemExit) as exit_:
@@ -196,7 +202,7 @@ def test_ratios_on_the_real_keyframe(real):
     frames = Frames(load_index(real, "v1.0-mini"), [0], "CAM_FRONT", None, CLOUD)
     batch = collate([frames[0, 0]])
     assert plane_sizes(CLOUD["fov"], CLOUD["cell"]) == PAPERS_GRIDS
-    row = bench.measure(bench.waffleiron_cases(256, 6, 384, batch, torch.device("cpu"))[0][1], None, 2)
+    row = bench.measure(bench.waffleiron_cases(256, 6, 384, batch, torch.device("cpu"))[0][1], None, 2, 0)
     assert median(plain / ours for plain, ours in row["times"]) > 1.1, row
     assert row["peaks"][0] is None or row["peaks"][1] < 0.5 * row["peaks"][0], row
     assert row["differ"][0] < 1e-4 and row["differ"][1] < 0.1, row  # of gradients: a ReLU's input may be 0 to rounding

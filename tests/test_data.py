@@ -115,7 +115,11 @@ def test_nearest_neighbors_are_others_and_nearest():
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_small_clouds_have_neighbors(count):
     found = data.nearest_neighbors(np.random.default_rng(0).normal(size=(count, 3)), 16)
-    assert found.shape == (count, 16) and (found < max(count, 1)).all()
+    assert found.shape == (count, 16)
+    for point, row in enumerate(found):
+        others = row[:max(count - 1, 1)]
+        assert sorted(others) == ([other for other in range(count) if other != point] or [0])
+        assert (row == np.resize(others, 16)).all()  # the ones that there are, again and again
 
 
 def test_one_point_per_voxel():
