@@ -286,7 +286,7 @@ def step_cases(encoder, model, batch, image_size, device, wide=1024):
 
 
 def linear_cost(items, channels, args, device):
-    """Markdown: our forward and backward of so many points, which come in whole views but for the last one, cut to fit."""
+    """Markdown: our forward and backward of so many points, which come in whole views but for the last one, cut to fit; each once at least."""
     lines = [f"| WI-{args.depth}-{channels}, forward + backward, here | views | time | a point (range) |", "|---|---:|---:|---:|"]
     views = collate(items * (1 + max(args.points) // sum(len(item["feats"]) for item in items)))
     for count in args.points:   # a neighbour beyond the cut becomes the last point: it costs the same
@@ -295,7 +295,7 @@ def linear_cost(items, channels, args, device):
         case = waffleiron_cases(channels, args.depth, channels, training.to_device(batch, device), device)[0][1]
         run = functools.partial(case.run, False, args.precision)
         run()   # warm-up: the first run of a size takes up to twice as long
-        times = np.concatenate(repeat([run], device, args.repeats, args.seconds))
+        times = np.concatenate(repeat([run], device, 1, args.seconds))
         low, middle, high = np.quantile(times, (0, 0.5, 1)) / count * 1e6
         lines.append(f"| {count:,} points | {batch['batch'][-1] + 1} | {median(times) * 1e3:,.0f} ms | {middle:,.0f} ({low:,.0f}–{high:,.0f}) µs |")
     return "\n".join(lines)
@@ -387,7 +387,7 @@ def main(argv=None):
     steps = rows[-3:-1]   # of the three rows of step_cases
     text = "\n\n".join([hardware(device), table(rows), note, linear,
                         *(whole_run(row, args.batch, *run) for row, run in zip(steps, RUNS)),
-                        f"Precision: {args.precision}. Loader: {loader}. At least {args.repeats} repetitions and {args.seconds:g} s of each; "
+                        f"Precision: {args.precision}. Loader: {loader}. At least {args.repeats} repetitions and {args.seconds:g} s of each row; "
                         f"{time.time() - start:.0f} s in all."])
     print(text)
     if args.out:

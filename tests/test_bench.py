@@ -183,7 +183,7 @@ def test_a_small_run_writes_all_rows(world, tmp_path, monkeypatch, capsys):
         name = f"stage-{stage} step, vit_mini8, WI-6-12, batch 2"
         view_ms = float(re.search(rf"^{name}, here: ([\d.]+) ms a view, so [\d.]+ hours of steps for {words}.$", text, re.MULTILINE)[1])
         assert abs(2 * view_ms - float(rows[name][1].removesuffix(" ms").replace(",", ""))) < 1
-    assert re.search(r"Precision: fp32. Loader: \d+ views/s, 1 processes. At least 1 repetitions and 0 s of each", text)
+    assert re.search(r"Precision: fp32. Loader: \d+ views/s, 1 processes. At least 1 repetitions and 0 s of each row", text)
     assert {arguments[1:] for arguments in measured} == {("fp32", 1, 0.0)}
 
 
