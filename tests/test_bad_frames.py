@@ -190,6 +190,14 @@ def outcome(read, path):
         return None
 
 
+@pytest.mark.parametrize("column", range(5))
+def test_of_a_scan_s_fifth_column_nothing_is_asked(tmp_path, column):
+    points = np.arange(50, dtype=np.float32).reshape(10, 5)
+    points[3, column] = np.nan
+    points.tofile(tmp_path / "scan.bin")
+    assert (outcome(lambda: data.read_scan(tmp_path / "scan.bin"), tmp_path / "scan.bin") is None) == (column < 4)
+
+
 @FUZZ
 @given(content=bytes_or_damaged(np.arange(50, dtype=np.float32).tobytes()))
 def test_any_scan(tmp_path, content):
