@@ -5,14 +5,17 @@ containers only. Two more things are let through, both plain data: argparse.Name
 checkpoints keep their arguments, and numpy's numbers, in which WaffleIron's keep their best mIoU.
 """
 import argparse
+import os
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from errors import InputError
+from errors import InputError, say
+from files import WAYS_OUT, looks_like, unreadable
 
 NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # the function that makes a number of its type and bytes
 ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
@@ -26,15 +29,26 @@ def read(path):
     Raises InputError, naming the file, where it is missing, damaged, or would need a class that is not allowed.
     """
     path = Path(path)
-    path = path / "last.pth" if path.is_dir() else path
+    try:
+        path = path / "last.pth" if path.is_dir() else path
+        with path.open("rb") as file:
+            beginning = file.read(1000)
+            damaged = damaged_record(file)
+    except OSError as error:
+        raise unreadable(path, error, "is it the right path?") from None
+    if damaged:
+        raise InputError(f"{path}: damaged: its record {damaged} is not what was written (a hole, or bytes of another file); "
+                         "take another copy of it, or an earlier checkpoint")
     try:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load's own, about TorchScript archives
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file can raise nearly anything
         message = str(error)
+        if isinstance(error, MemoryError) or "t allocate memory" in message:
+            raise
+        if getattr(error, "errno", None) in WAYS_OUT:
+            raise unreadable(path, error, "is it the right path?") from None
     if "TorchScript" in message:
         raise InputError(f"{path}: a TorchScript archive, which is a program; if you trust it, take the weights out once: "
                          f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), 'weights.pth')")
@@ -43,7 +57,24 @@ def read(path):
         raise InputError(f"{path}: the file asks for {refused[1]}, and loading that could run code; only tensors, plain "
                          "containers and argparse.Namespace are read. If you trust the file, load it once with weights_only=False "
                          "and save its tensors again")
-    raise InputError(f"{path}: torch.load cannot read it with weights_only=True; is it a file of torch.save's, and complete?")
+    guess = "" if beginning.startswith(b"PK") else looks_like(beginning)  # a zip archive is what it should be
+    raise InputError(f"{path}: torch.load cannot read it with weights_only=True; "
+                     + (guess or "is it a file of torch.save's, and complete?"))
+
+
+def damaged_record(file):
+    """The first record of an opened file of torch.save's that is not what was written; None if all are, or it is no zip file.
+
+    torch.load does not compare the checksums that torch.save writes: a hole in the file would load as weights.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            checked = any(record.CRC for record in archive.infolist())  # torch.save can be told to write none
+            return archive.testzip() if checked else None
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # not a zip file, or one so damaged that torch.load refuses it
+        return None
 
 
 def load_checkpoint(path, kind):
@@ -61,6 +92,39 @@ def check_kind(content, path, kind):
         raise InputError(f"{path}: {is_kind}, but {kind} is needed here; {WHO_WRITES[kind]} writes it")
 
 
+def say_if_unfinished(content, path):
+    """Print, in the first process, that the run has not ended which wrote a checkpoint."""
+    step, total = content.get("step"), content.get("total")
+    if step is not None and total is not None and step < total:
+        say(f"{path}: unfinished, step {step} of {total}; the command that wrote it goes on from there")
+
+
+def located(source, was, now):
+    """Where something is that lay at `source` when what was made from it lay in the folder `was`, which is `now` another one.
+
+    There still, or as far from `now` as it was from `was`, for folders that were moved together. Whether it is the same thing
+    its fingerprint tells. What is no absolute path, as an encoder's name, stays as it is.
+    """
+    if not was or not source or not os.path.isabs(source) or os.path.exists(source):
+        return source
+    moved = os.path.normpath(os.path.join(os.path.abspath(now), os.path.relpath(source, was)))
+    return moved if os.path.exists(moved) else source
+
+
+WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+
+
+def unwrapped(state, subject):
+    """A state dict without what DataParallel, torch.compile, FSDP and its checkpoints put into names, at any place of them.
+
+    Raises InputError where two names would become one.
+    """
+    named = {re.sub(WRAPPERS, "", str(name)): value for name, value in state.items()}
+    if len(named) < len(state):
+        raise InputError(f"{subject}: holds some weights twice, wrapped and not; save the state dict of one model")
+    return named
+
+
 def strip(state, prefix):
     """The part of a state dict under `prefix`, without it; all of the state dict if nothing is under it."""
     part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -68,13 +132,16 @@ def strip(state, prefix):
 
 
 def check_fit(state, expected, subject):
-    """Raise InputError, naming the first five differences, unless the tensors in state have these {name: shape}."""
+    """Raise InputError, naming the first five faults, unless state has finite tensors of these {name: shape} and no others."""
     missing = [f"missing {name}" for name in expected if name not in state]
     unexpected = [f"unexpected {name}" for name in state if name not in expected]
     wrong = missing[:3] + unexpected[:2] + missing[3:] + unexpected[2:]  # some of both among the first
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     wrong += [f"{name} has shape {shapes[name]} instead of {tuple(shape)}" for name, shape in expected.items()
               if name in state and (shapes[name] != tuple(shape) or not torch.is_tensor(state[name]))]
+    wrong = wrong or [f"{name} holds numbers that are not finite" for name in expected if not torch.isfinite(state[name]).all()]
+    wrong = wrong or [f"{name} is of type {state[name].dtype}, no weights" for name in expected
+                      if not state[name].is_floating_point() and not name.endswith("num_batches_tracked")]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InputError(f"{subject}: {'; '.join(wrong[:5])}{more}")

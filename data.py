@@ -4,16 +4,13 @@ Everything here is NumPy on the CPU, one frame and one camera at a time; `collat
 Pixels are (row, col) of the *resized* image and may be fractional; distances are metres; clouds are points-first.
 """
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from scipy.spatial import cKDTree
 
 from errors import InputError
-from index import UNKNOWN
+from files import read_image, read_labels, read_scan
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
 
@@ -25,60 +22,6 @@ CLOUD = {"fov": (64.0, 64.0, 8.0), "cell": 0.5, "voxel": 0.1, "max_points": 2000
 
 
 # ---- one frame ----
-
-def read_scan(path):
-    """A nuScenes scan `[N, 4]`: x, y, z [m], intensity 0..255."""
-    content = _read(path)
-    if len(content) == 0 or len(content) % 20:
-        raise InputError(f"{path}: cut short: {len(content)} bytes are not whole points of 5 floats; extract it again")
-    scan = np.frombuffer(content, np.float32).reshape(-1, 5)
-    finite = np.isfinite(scan)[:, :4]  # of the ring index, the fifth, nothing is asked
-    if not finite.all():
-        raise InputError(f"{path}: {(~finite).any(1).sum()} of {len(scan)} points are not finite numbers; extract it again")
-    return scan[:, :4]
-
-
-def read_labels(path, coarse, count):
-    """Classes `[count]` (index into index.CLASSES, 0 ignored) of a lidarseg file."""
-    fine = np.frombuffer(_read(path), np.uint8)
-    if len(fine) != count:
-        raise InputError(f"{path}: {len(fine)} labels for {count} points; extract it again")
-    classes = coarse[fine]
-    if (unknown := classes == UNKNOWN).any():
-        raise InputError(f"{path}: label {fine[unknown][0]} is of no category of this dataset; extract lidarseg and its tables again")
-    return classes
-
-
-def _read(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; extract the dataset again") from None
-
-
-def read_image(path, size, raw_size=None):
-    """The image resized to `size` = (H, W), bilinear with antialiasing: uint8 `[3, H, W]`.
-
-    raw_size: (H, W) that it must have, or None. Raises InputError for another size, and for anything but 8-bit RGB or grey.
-    A JPEG of at least three times the size is decoded at a half (a quarter, an eighth) of its resolution, in which it is still
-    one and a half times the size or more: faster, and nearly the same picture (experiments/bench.py prints how nearly).
-    """
-    try:
-        with Image.open(path) as image:
-            if raw_size is not None and image.size != (raw_size[1], raw_size[0]):
-                raise InputError(f"{path}: {image.size[1]}x{image.size[0]} pixels, the tables say {raw_size[0]}x{raw_size[1]}; extract it again")
-            if image.mode not in ("RGB", "L"):
-                raise InputError(f"{path}: an image of mode {image.mode}, not 8-bit RGB; its colours would be guessed. Convert or extract it again")
-            image.draft("RGB", (3 * size[1] // 2, 3 * size[0] // 2))
-            image = image if image.mode == "RGB" else image.convert("RGB")
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a readable image ({error}); extract it again".replace("\n", " ")) from None
-    # PIL's bilinear resize to one level of 255, and faster.
-    return F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0].numpy()
-
 
 def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     """The points that a camera sees.

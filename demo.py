@@ -7,7 +7,6 @@
 Each command is printed before it runs, so that it can be run by hand. Started again, finished steps are skipped. Writes
 runs/demo/results.json, runs/demo/overview.png and, for each seed, all runs under runs/demo/seed-N.
 """
-import argparse
 import json
 import os
 import shlex
@@ -16,6 +15,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from arguments import SEED, Distinct, Parser
+from errors import one_line_errors
+from run_folder import write_json
 
 # What differs from the paper's run, which is the scripts' default: a world of 80 x 160 pixels and some 1 400 frames.
 STAGE1 = "--channels 64 --depth 4 --fov 48 48 8 --cell 1 --voxel 0.4 --neighbors 6 --epochs 4"
@@ -73,9 +76,10 @@ def summary(results):
     return "\n".join(lines)
 
 
+@one_line_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="worlds and trainings (default: 1)")
+    parser = Parser(__doc__)
+    parser.add_argument("--seeds", type=SEED, nargs="+", action=Distinct, default=[1], help="worlds and trainings (default: 1)")
     parser.add_argument("--out", default="runs/demo", help="(default: %(default)s)")
     parser.add_argument("--pretrain", action="store_true", help="train the stand-in encoder anew, into OUT/encoder.pth")
     args = parser.parse_args()
@@ -89,7 +93,7 @@ def main():
     results = {seed: one_world(seed, encoder, args.out) for seed in args.seeds}
     out = Path(args.out)
     (out / "overview.png").write_bytes((out / f"seed-{args.seeds[0]}" / "overview.png").read_bytes())
-    (out / "results.json").write_text(json.dumps({"seeds": results, "table": summary(results)}, indent=1))
+    write_json(out / "results.json", {"seeds": results, "table": summary(results)})
     print(f"\n{summary(results)}\n\nwritten: {out}/results.json, {out}/overview.png, in {time.time() - begin:.0f} s")
 
 

@@ -1,24 +1,79 @@
-"""The one exception that means "your input, not a bug", and how a script shows it: one line, exit code 2."""
+"""What is no bug becomes one line and exit code 2: an input that cannot be used, a machine that
+lacks something.
+"""
 import functools
+import os
+import re
 import sys
+
+
+def say(line):
+    """Print a line, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        print(line, flush=True)
 
 
 class InputError(Exception):
     """A flag, file or folder that the user gave cannot be used. The message names it and the way out, in one line."""
 
 
-def one_line_errors(main):
-    """Decorator of a script's `main`: an InputError becomes one line on stderr and exit code 2.
+SHARED_MEMORY = ("Shared memory is full: give Docker --shm-size 8g or --ipc=host, or use fewer "
+                 "--workers")
+MEMORY = "The memory is used up: use fewer --workers"
+FILES = ("Raise the limit of open files (`ulimit -n 65536`; Docker: --ulimit nofile=65536), or use "
+         "fewer --workers")
+PROCESSES = ("Raise the limit of processes (`ulimit -u`; Docker: --pids-limit), or use fewer "
+             "--workers")
+CRASH = ("A library crashed, or memory is used up: use fewer --workers, give Docker --shm-size 8g "
+         "or --ipc=host; with --workers 0 a crash shows where it is")
+GPU_MEMORY = "Add --checkpoint (stages 1 and 2), use more processes, or a smaller --batch"
+OTHER = "Another process of this run ended first: do what its own message says"
 
-    Other exceptions keep their traceback: they are bugs. An InputError raised in a data-loading process arrives with
-    that process's traceback in front of it; only its last line, the message, is shown.
+# What the machine lacks, not the program: patterns of "TypeName: message", the first that fits
+# counts, and what to do. What a pattern matches is shown before it.
+FAULTS = (
+    (r"DataLoader worker .* signal: Bus error", SHARED_MEMORY),
+    (r"unable to [^<]*</torch_.*>: No space left on device", SHARED_MEMORY),
+    (r"DataLoader worker .* signal: Killed", MEMORY),
+    (r"[Cc]an(?:no|')t allocate memory|^MemoryError", MEMORY),
+    (r"received 0 items of ancdata|Too many open files|Pin memory thread exited", FILES),
+    (r"DataLoader worker .* exit code 24\b", FILES),  # EMFILE, see endings.py
+    (r"DataLoader worker .* (signal: [\w ]+|exit code \d+|exited unexpectedly)", CRASH),
+    (r"can't start new thread|Resource temporarily unavailable", PROCESSES),
+    (r"CUDA out of memory|CUDA error: out of memory", GPU_MEMORY),
+    (r"pair\.cc:\d+\] Connection (closed|reset) by peer|remote process exited", OTHER),
+)
+
+
+def line_of(error):
+    """The line that says what to do about an InputError or a fault of the machine; None for a bug.
+
+    An error that comes from a loading process has that process's traceback in front of it; only
+    its last line, the message, is shown.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, InputError):
+        return f"{sys.argv[0]}: error: {lines[-1].removeprefix('errors.InputError: ')}"
+    message = lines[-1 if lines[0].startswith("Caught ") else 0]
+    for pattern, advice in FAULTS:
+        if found := re.search(pattern, f"{type(error).__name__}: {message}"):
+            return f"{sys.argv[0]}: error: {found.group()}. {advice}; then repeat the command"
+    return None
+
+
+def one_line_errors(main):
+    """Decorator of a script's `main`: what `line_of` knows becomes one line on stderr, exit code 2.
+
+    Other exceptions keep their traceback: they are bugs.
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except InputError as error:
-            line = str(error).strip().splitlines()[-1].removeprefix("errors.InputError: ")
-            print(f"{sys.argv[0]}: error: {line}", file=sys.stderr, flush=True)
+        except Exception as error:
+            line = line_of(error)
+            if line is None:
+                raise
+            print(line, file=sys.stderr, flush=True)
             sys.exit(2)
     return wrapper

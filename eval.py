@@ -3,11 +3,12 @@
     python eval.py runs/probe-a runs/probe-b                                # evaluate what is not yet, print the table
     torchrun --standalone --nproc_per_node 4 eval.py runs/probe-a runs/probe-b           # the same, on 4 GPUs
 
-Each probe is evaluated once on the validation split, into results.json beside its last.pth. The table is printed and written
-to OUT.md and OUT.json. Collaborative-distillation paper, Sec. 4.2 and C.3.
+Each probe is evaluated once on the validation split, into results.json beside its last.pth, and anew where probe, encoder or
+labels are others since. With --data of other frames than the probe's own, or where its own are others now, the result goes
+to results-HASH.json. The table is printed and written to OUT.md and OUT.json; a difference stands there only where two rows
+can be compared. Collaborative-distillation paper, Sec. 4.2 and C.3.
 """
-import argparse
-import json
+import math
 import os
 from pathlib import Path
 
@@ -15,13 +16,16 @@ import torch
 from tqdm import tqdm
 
 import training
-from checkpoints import load_checkpoint
+from arguments import WORKERS, Parser
+from checkpoints import load_checkpoint, load_strictly, located
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
-from errors import InputError, one_line_errors
+from errors import InputError, one_line_errors, say
+from fingerprint import check, differences, of_weights
 from index import CONDITIONS, load_index
-from models import linear_head, load_image_encoder
+from models import linear_head, load_image_encoder, source_in
 from nuimages_data import LabelledImages, load_nuimages
+from run_folder import read_json, write_json, write_text
 from waffleiron import BatchNorm, load_waffleiron
 
 NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
@@ -62,53 +66,140 @@ def rmse(sums):
     return (squares / counts).sqrt().mean().item(), (squares.sum() / counts.sum()).sqrt().item()
 
 
+def finite(value):
+    """A metric for JSON, which has no NaN: None where there was nothing to evaluation."""
+    return None if math.isnan(value) else value
+
+
 # ---- one probe ----------------------------------------------------------------------------------------------------------
 
-def load_probe(path, device):
-    """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None)."""
+def encoder_source(probe, path, moved=None):
+    """The arguments of `load_image_encoder` that give a probe's encoder again. Raises InputError where it is not there any more.
+
+    moved: where its folder, or the file of its weights, is now, if it is not where it was.
+    """
+    source = source_in(probe, path)
+    place = "weights" if source.get("weights") not in (None, "random") else "name_or_path"
+    source[place] = moved or source[place]
+    if os.path.isabs(source[place]) and not os.path.exists(source[place]):
+        raise InputError(f"{path}: its encoder {source[place]} is not there any more; where it was moved, eval.py --encoder says so")
+    return source
+
+
+def load_probe(path, device, encoder_at=None):
+    """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None).
+
+    encoder_at: where the encoder is if it was moved. Raises InputError where the probe is unfinished, or its encoder is not the one that its head was trained on.
+    """
     probe = load_checkpoint(path, "probe")
     if probe["step"] < probe["total"] and not str(path).endswith("best.pth"):
         raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat its command to finish it")
-    if probe["task"] == "seg3d":
-        encoder, stage1 = load_waffleiron(probe["encoder"]["name_or_path"])
-    elif probe.get("backbone"):  # fine-tuned: the encoder's weights are in the probe's checkpoint
-        encoder, stage1 = load_image_encoder(probe["spec"]["name"], "random", feature=probe["spec"]["feature"]), None
-        encoder.backbone.load_state_dict(probe["backbone"])
+    stage1 = None
+    if probe.get("backbone"):  # fine-tuned: the encoder's weights are in the probe's checkpoint
+        encoder = load_image_encoder(probe["spec"]["name"], "random", feature=probe["spec"]["feature"], careful=False)
+        load_strictly(encoder.backbone, probe["backbone"], path)
     else:
-        encoder, stage1 = load_image_encoder(**probe["encoder"]), None
+        source = encoder_source(probe, path, encoder_at)
+        if probe["task"] == "seg3d":
+            encoder, stage1 = load_waffleiron(source["name_or_path"])
+        else:
+            encoder = load_image_encoder(**source, careful=False)
+        check(f"{path}: its head", probe.get("made_from", {}), {"encoder": encoder.fingerprint()},
+              f"{source['name_or_path']} has changed since; train the probe again (--restart), or bring that encoder back")
     head = linear_head(probe["head"], probe["dim"], len(probe["classes"]) or 1, BatchNorm)
-    head.load_state_dict(probe["model"])
+    load_strictly(head, probe["model"], path)
     return probe, encoder.to(device).eval(), head.to(device).eval(), None if stage1 is None else stage1.get("cloud", CLOUD)
 
 
-@torch.no_grad()
+def folder_of(path):
+    """The folder of a probe that is given as a folder or as a checkpoint in one."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def data_of(probe, path):
+    """Where the dataset of a probe is whose checkpoint is at `path`."""
+    return located(probe["data"], probe["encoder"].get("folder"), folder_of(path))
+
+
+def protocol_of(probe):
+    """What must be equal, beside the frames, for the numbers of two probes to be compared."""
+    args = probe["args"]
+    protocol = {"classes": list(probe["classes"]), "cameras": args["cameras"], "head": probe["head"],
+                "finetune": args.get("finetune", False), "percent": args.get("percent") or 100}
+    if probe["task"] in ("depth", "nuimages"):  # judged at pixels of the resized image
+        protocol["image_size"] = list(probe["image_size"])
+    return protocol
+
+
+class Evaluation:
+    """A probe, and the frames of the validation split that it is to be judged on.
+
+    data: root of the dataset, and encoder_at: place of the encoder (default: the probe's own). dataset: a subclass of Frames that changes what a sensor gives, or
+    None. `made_from` is what a result of both is made from; `own` is whether the frames are those of the probe's own dataset.
+    Raises InputError as `load_probe`, and where a file of the frames is missing.
+    """
+
+    def __init__(self, path, device, data=None, dataset=None, encoder_at=None):
+        self.path, self.device = path, device
+        self.probe, self.encoder, self.head, cloud = load_probe(path, device, encoder_at)
+        args, size = self.probe["args"], self.probe["image_size"]
+        self.task, self.image_size = self.probe["task"], size and tuple(size)
+        labels = self.task != "depth"
+        load, dataset = (load_nuimages, LabelledImages) if self.task == "nuimages" else (load_index, dataset or Frames)
+        with training.first_process_first():
+            index = load(data or data_of(self.probe, path), args["version"], look=False)
+        rows = index.select("val")
+        self.frames = dataset(index, rows, args["cameras"], self.image_size, cloud, labels=labels,
+                              max_depth=None if labels else DEPTHS[1], every_point=args["cameras"] == "scan")
+
+        frames = index.fingerprint(rows, labels)
+        val = self.probe.get("val")  # None: from before fingerprints
+        self.own = val == frames if val else data is None or os.path.realpath(data) == os.path.realpath(self.probe["data"])
+        if val and not self.own:
+            say(f"{path}: judged on other frames than its own, {differences({'frames': val}, {'frames': frames})}")
+        files = training.by_first_process(lambda: index.files(rows, labels))
+        self.made_from = {
+            "probe": {"step": self.probe["step"], "weights": of_weights(torch.nn.ModuleList([self.encoder, self.head]))},
+            "encoder": self.probe.get("made_from", {}).get("encoder", {}),
+            "frames": frames | {"files": files}}
+
+    def stored_at(self):
+        """The file of the result: results.json, results-best.json of best.pth; with a hash, of other frames than its own."""
+        path, name = Path(self.path), "results"
+        if path.is_file() and path.name != "last.pth":
+            name += f"-{path.stem}"
+        if not self.own:
+            name += f"-{self.made_from['frames']['tables'][:8]}"
+        return folder_of(path) / f"{name}.json"
+
+
 def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=None):
+    """What `measure` gives for a probe, of a folder or checkpoint; the other arguments are those of `Evaluation`."""
+    return measure(Evaluation(path, device, data, dataset), workers, batch_size)
+
+
+@torch.no_grad()
+def measure(evaluation, workers=2, batch_size=16):
     """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}; nuImages has only "full".
 
-    IoU in percent, RMSE in metres, on the validation split. The frames are dealt out over the processes and the counts summed.
-    dataset: a subclass of Frames that changes what a sensor gives, or None. A 3D probe of whole scans is judged on every point,
-    each with the prediction of the nearest one that WaffleIron got.
+    IoU in percent, RMSE in metres, on the validation split; None where nothing is labelled. The frames are dealt out over the
+    processes and the counts summed. A 3D probe of whole scans is judged on every point, each with the prediction of the nearest
+    one that WaffleIron got.
     """
-    probe, encoder, head, cloud = load_probe(path, device)
-    task, args, image_size = probe["task"], probe["args"], probe["image_size"]
-    load, dataset = (load_nuimages, LabelledImages) if task == "nuimages" else (load_index, dataset or Frames)
-    with training.first_process_first():
-        index = load(data or probe["data"], args["version"])
-    frames = dataset(index, index.select("val"), args["cameras"], image_size and tuple(image_size), cloud,
-                     labels=task != "depth", max_depth=DEPTHS[1] if task == "depth" else None,
-                     every_point=args["cameras"] == "scan")
+    probe, device, frames, image_size = evaluation.probe, evaluation.device, evaluation.frames, evaluation.image_size
+    task, args, index = evaluation.task, evaluation.probe["args"], evaluation.frames.index
     mine = range(training.rank(), len(frames), training.world())
     order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
 
     names, classes = probe["classes"], len(probe["classes"])
     confusion = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long, device=device)
     sums = torch.zeros(len(frames), 3, dtype=torch.double, device=device)  # squared error, points, condition
-    for numbers, batch in zip(order, tqdm(training.load(frames, order, collate, workers, device), f"evaluate {path}",
+    for numbers, batch in zip(order, tqdm(training.load(frames, order, collate, workers, device), f"evaluate {evaluation.path}",
                                           disable=training.rank() > 0, mininterval=2)):
         batch = training.to_device(batch, device)
         with training.autocast(device, args["precision"]):
-            features = features_at_points(encoder, batch, image_size and tuple(image_size))
-        outputs = head(features.float())  # in float32, as it was trained
+            features = features_at_points(evaluation.encoder, batch, image_size)
+        outputs = evaluation.head(features.float())  # in float32, as it was trained
         if task == "depth":
             places = [number for _, number in numbers]
             sums[places, :2] = depth_sums(outputs[:, 0].float(), batch["depths"], batch["batch"], len(numbers))
@@ -122,28 +213,50 @@ def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=None):
                 confusion[number] += confusion_matrix(outputs[chosen].argmax(1), batch["labels"][chosen] - 1, classes)
 
     training.sum_over_processes(sums if task == "depth" else confusion)
-    result = {"run": str(path), "task": task, "encoder": args["encoder"], "step": probe["step"], "data": index.root,
-              "images": len(frames)}
+    result = {"run": str(evaluation.path), "task": task, "encoder": args["encoder"], "step": probe["step"], "data": index.root,
+              "images": len(frames), "made_from": evaluation.made_from, "protocol": protocol_of(probe)}
     here = []  # the conditions; nuImages' tables say nothing of them
     if task != "nuimages":
         here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
     if task == "depth":
         pairs = {"full": rmse(sums[:, :2])} | {CONDITIONS[n]: rmse(sums[sums[:, 2] == n, :2]) for n in here}
-        return result | {"RMSE": {name: pair[0] for name, pair in pairs.items()},
-                         "RMSE_points": {name: pair[1] for name, pair in pairs.items()}}
+        return result | {"RMSE": {name: finite(pair[0]) for name, pair in pairs.items()},
+                         "RMSE_points": {name: finite(pair[1]) for name, pair in pairs.items()}}
     parts = {"full": confusion.sum(0)} | {CONDITIONS[n]: confusion[n] for n in here}
     night = [names.index(name) for name in NOT_AT_NIGHT]
     return result | {
-        "mIoU": {name: 100 * mean_iou(part, night if name == "night" else ()) for name, part in parts.items()},
+        "mIoU": {name: finite(100 * mean_iou(part, night if name == "night" else ())) for name, part in parts.items()},
         "IoU": {name: {c: round(100 * v, 2) for c, v in zip(names, class_iou(part).tolist()) if v == v}
                 for name, part in parts.items()}}
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------------
 
+def not_comparable(row, first):
+    """Why the difference of two results of one task says nothing, in words; "" if it does."""
+    if any("made_from" not in result for result in (row, first)):  # from before fingerprints: little is known of it
+        same = all(row.get(name) == first.get(name) for name in ("data", "images", "made_from"))
+        return "" if same else "one of them is from before fingerprints and of other data; evaluate it with --again"
+    a, b = first["protocol"], row["protocol"]
+    other = [f"{name} {a.get(name)} and {b.get(name)}" if name != "classes" else "other classes"
+             for name in a | b if a.get(name) != b.get(name)]
+    frames = differences({"other frames": first["made_from"]["frames"]}, {"other frames": row["made_from"]["frames"]})
+    return "; ".join([*other, *([frames] if frames else [])])
+
+
+def cell(row, metric, column, digits, first=None):
+    """A number of a table, or why there is none; in brackets its difference to the one of the result `first`."""
+    if column not in row[metric]:
+        return "–" if row["task"] == "nuimages" else "not run"
+    value, base = row[metric][column], first and first[metric].get(column)
+    if value is None:
+        return "no labels"
+    return f"{value:.{digits}f}" + ("" if base is None else f" ({value - base:+.{digits}f})")
+
+
 def table(results):
-    """Markdown: a row per probe; in brackets the difference to the first row of the same task."""
-    lines = []
+    """Markdown: a row per probe; in brackets the difference to the first row of the same task, where they can be compared."""
+    lines, notes = [], []
     for tasks, metric, unit, digits in ((("seg", "nuimages", "seg3d"), "mIoU", "%", 1), (("depth",), "RMSE", "m", 2)):
         rows = [r for r in results if r["task"] in tasks]
         if not rows:
@@ -153,53 +266,73 @@ def table(results):
                   "|---|---|" + "---:|" * len(COLUMNS)]
         for row in rows:
             first = next(r for r in rows if r["task"] == row["task"])
-            cells = []
-            for column in COLUMNS:
-                value, base = row[metric].get(column), first[metric].get(column)
-                cell = ("–" if row["task"] == "nuimages" else "not run") if value is None else f"{value:.{digits}f}"
-                if row is not first and value is not None and base is not None:
-                    cell += f" ({value - base:+.{digits}f})"
-                cells.append(cell)
+            reason = "" if row is first else not_comparable(row, first)
+            if reason:
+                notes.append(f"{row['run']} is not compared with {first['run']}: {reason}.")
+            cells = [cell(row, metric, column, digits, None if reason or row is first else first) for column in COLUMNS]
             lines.append(f"| {row['run']} | {row['task']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines[1:])
+    return "\n".join([*lines[1:], *([""] if notes else []), *notes])
 
 
-def is_current(result, stored, file, data):
-    """Whether a stored result is of this data, and not older than the probe's file and its encoder."""
-    source = Path(load_checkpoint(file, "probe")["encoder"]["name_or_path"])
-    made_from = [file] + [file for file in (source, source / "last.pth") if file.is_file()]
-    same_data = data is None or result["data"] == str(Path(data).resolve())
-    return same_data and all(file.stat().st_mtime <= stored.stat().st_mtime for file in made_from)
+def unchecked(path):
+    """The stored result of a probe whose data or encoder is not there any more, else None."""
+    probe = load_checkpoint(path, "probe")
+    sources = [data_of(probe, path)] + ([] if probe.get("backbone") else [source_in(probe, path)["name_or_path"]])
+    gone = [source for source in sources if os.path.isabs(source) and not os.path.exists(source)]
+    name = "results" if path.is_dir() or path.name == "last.pth" else f"results-{path.stem}"
+    stored = read_json(folder_of(path) / f"{name}.json") if gone else None
+    if not isinstance(stored, dict) or "task" not in stored:
+        return None
+    say(f"{path}: its result is shown as it was stored and not checked, {' and '.join(gone)} is not there any more")
+    return stored
+
+
+def result_of(path, device, args):
+    """The result of a probe: the stored one if it is of the same weights, frames and files, else a new one, which is stored."""
+    if not (args.data or args.encoder or args.again):
+        stored = training.by_first_process(lambda: unchecked(path))
+        if stored:
+            return stored
+    evaluation = Evaluation(path, device, args.data, encoder_at=args.encoder)
+    # The first process decides: another could find the result that the first has just written
+    stored = training.by_first_process(lambda: read_json(evaluation.stored_at()))
+    if not args.again and isinstance(stored, dict) and stored.get("made_from") == evaluation.made_from:
+        return stored
+    result = measure(evaluation, args.workers)
+    if training.rank() == 0:
+        write_json(evaluation.stored_at(), result)
+    return result
+
+
+def probes_of(paths):
+    """The probes of a command line, each once. Raises InputError for what is none."""
+    files = {}
+    for path in map(Path, paths):
+        file = path if path.is_file() else path / "last.pth"
+        if not file.is_file():
+            raise InputError(f"{path}: no last.pth there; it must be a folder that probe.py wrote")
+        files.setdefault(file.resolve(), path)
+    return list(files.values())
 
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("probes", nargs="+", help="folders that probe.py wrote, or the best.pth in them")
     parser.add_argument("--data", help="nuScenes root (default: the probe's)")
+    parser.add_argument("--encoder", help="where the probes' encoder is, if it was moved: its folder, or the file of its weights")
     parser.add_argument("--out", default="runs/table", help="the table goes to OUT.md and OUT.json (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="evaluate even where results.json is there")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
+    parser.add_argument("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
     args.seed = 0
     device = training.start(args)
-    results = []
-    for path in map(Path, args.probes):
-        file = path if path.is_file() else path / "last.pth"
-        if not file.is_file():
-            raise InputError(f"{path}: no last.pth there; it must be a folder that probe.py wrote")
-        stored = file.with_name("results.json" if file.name == "last.pth" else f"results-{file.stem}.json")
-        result = json.loads(stored.read_text()) if stored.is_file() and not args.again else None
-        if result is None or not is_current(result, stored, file, args.data):
-            result = evaluate(path, device, args.data, args.workers)
-            if training.rank() == 0:
-                stored.write_text(json.dumps(result, indent=1))
-        results.append(result)
+    paths = training.by_first_process(lambda: probes_of(args.probes))
+    results = [result_of(path, device, args) for path in paths]
     if training.rank() == 0:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.out}.md").write_text(table(results) + "\n")
-        Path(f"{args.out}.json").write_text(json.dumps(results, indent=1))
+        write_text(f"{args.out}.md", table(results) + "\n")
+        write_json(f"{args.out}.json", results)
         print(table(results))
         print(f"\nwritten: {args.out}.md, {args.out}.json")
 

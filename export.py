@@ -8,7 +8,6 @@ With the weights comes a JSON (encoder.pth.json; in a folder encoder.json): what
 trained, their SHA-256, and the mean and standard deviation by which images are normalised before them (the ONNX graph does so
 itself).
 """
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoints import load_checkpoint
+from arguments import COUNT, Parser
+from checkpoints import load_checkpoint, say_if_unfinished
 from errors import InputError, one_line_errors
 from models import encoder_of
 from vit import interpolate_positions
@@ -30,13 +30,13 @@ PROTOBUF_LIMIT = 2**31  # bytes that one ONNX file can hold
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="stage 2's folder, or a checkpoint of an image encoder")
     add("--out", required=True, help="file to write, or folder for --format transformers; what is there is replaced")
     add("--format", choices=NEEDED, default="plain", help="(default: %(default)s, a state dict in the release's names)")
-    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="of the ONNX graph (default: the checkpoint's)")
-    add("--batch", type=int, help="of the ONNX graph, fixed (default: any)")
+    add("--image-size", type=COUNT, nargs=2, metavar=("H", "W"), help="of the ONNX graph (default: the checkpoint's)")
+    add("--batch", type=COUNT, help="of the ONNX graph, fixed (default: any)")
     return parser.parse_args(argv)
 
 
@@ -161,8 +161,6 @@ def check(args):
     for flag, value in (("--image-size", args.image_size), ("--batch", args.batch)):
         if value is not None and args.format != "onnx":
             raise InputError(f"{flag}: has a meaning for --format onnx only; the weights of --format {args.format} take any")
-    if args.batch is not None and args.batch < 1:
-        raise InputError(f"--batch {args.batch}: is to be at least 1")
     if any(importlib.util.find_spec(package) is None for package in NEEDED[args.format]):
         raise InputError(f"--format {args.format}: needs a package that is missing; pip install "
                          + " ".join(NEEDED[args.format]))
@@ -173,6 +171,7 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     checkpoint = load_checkpoint(args.checkpoint, "image_encoder")
+    say_if_unfinished(checkpoint, args.checkpoint)
     encoder = encoder_of(checkpoint, args.checkpoint)
     row, size = encoder.row, encoder.check_size(args.image_size or encoder.spec["image_size"])
     if args.format == "transformers" and not row.vit:
@@ -198,7 +197,8 @@ def main(argv=None):
             "image_size": size, "feature": encoder.spec["feature"], "patch_size": row.patch_size, "width": row.dim,
             "mean": row.normalization[0], "std": row.normalization[1],
             "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(partial.name).iterdir()},
-            "step": checkpoint.get("step"), "args": checkpoint.get("args")}, indent=2, default=str) + "\n")
+            "step": checkpoint.get("step"), "total": checkpoint.get("total"), "fingerprint": encoder.fingerprint(),
+            "made_from": checkpoint.get("made_from"), "args": checkpoint.get("args")}, indent=2, default=str) + "\n")
         for file in Path(partial.name).iterdir():
             os.replace(file, folder / file.name)
     print(f"{folder / name}: {row.name}, {args.format}; license of the weights it was trained from: {row.license}")

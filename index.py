@@ -1,12 +1,13 @@
 """Which frames there are: nuScenes' tables read once, through nuscenes-devkit, into a small cache of arrays.
 
-    python index.py --data /data/nuscenes       # build the index, check every file, print the counts
+    python index.py --data /data/nuscenes       # build the index, look at every file, print the counts
 """
-import argparse
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from arguments import Parser
 from errors import InputError, one_line_errors
+from fingerprint import digest
 
 UNKNOWN = 255  # class of a fine label that no category has
-FORMAT = 4  # of the cache: count up when what is stored changes
+FORMAT = 5  # of the cache: count up when what is stored changes
+STRINGS = {"scene", "split", "lidar", "lidarseg", "image", "record", "bad"}  # fields of `Index` that are bytes arrays
 CONDITIONS = ("day-clear", "day-rain", "night")
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "traffic_cone",
@@ -40,18 +44,26 @@ class Index:
     cam_from_lidar: np.ndarray   # [F, C, 4, 4] float64: lidar -> ego -> global -> ego at the image's time -> camera
     intrinsics: np.ndarray   # [F, C, 3, 3]
     coarse: np.ndarray       # [256] lidarseg's fine label -> index into CLASSES, or UNKNOWN
+    record: np.ndarray       # [F] hash of all that the tables say of the frame and its images
+    disputed: np.ndarray     # [D] of scenes whose condition the published rule reads otherwise, a line each
     bad: np.ndarray          # [F] b"", or why the frame cannot be used
 
     def select(self, split, conditions=CONDITIONS, limit=None, percent=100, skip_bad=False):
         """Frame numbers of a split under these conditions, at most `limit`, spread evenly over the scenes' order.
 
-        percent: keep every (100 / percent)-th of the split's scenes in the order of their names: with 1 those 7 of nuScenes'
-        700 training scenes that SLidR's and ScaLR's 1 % of the labels are. Raises InputError for none, and, unless skip_bad, if
-        one of them is bad.
+        percent: keep every (100 / percent)-th of the split's scenes in the order of the scene table, as SLidR's public loader
+        does: with 1 the 100th, 200th, ... 700th of nuScenes' 700 training scenes. Raises InputError for none, and, unless
+        skip_bad, if one of them is bad.
         """
         wanted = np.isin(self.condition, [CONDITIONS.index(c) for c in conditions])
-        scenes = np.unique(self.scene[self.split == split.encode()])[::100 // percent]
-        rows = np.flatnonzero(np.isin(self.scene, scenes) & wanted & (self.split == split.encode()))
+        of_split = self.split == split.encode()
+        names, first = np.unique(self.scene[of_split], return_index=True)
+        every = 100 // percent
+        scenes = names[first.argsort()][every - 1::every]
+        if len(names) and len(scenes) == 0:
+            raise InputError(f"--percent {percent}: every {every}th scene is taken, and --data {self.root} has only {len(names)} of "
+                             f"split '{split}'; leave --percent out")
+        rows = np.flatnonzero(np.isin(self.scene, scenes) & wanted & of_split)
         if limit is not None and limit < len(rows):
             rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
         if len(rows) == 0:
@@ -61,8 +73,25 @@ class Index:
             raise InputError(f"--data {self.root}: {len(bad)} of {len(rows)} frames are bad, the first: {bad[0].decode()}")
         return rows
 
+    def fingerprint(self, rows, labels=False):
+        """What these frames, and their labels if asked for, are according to the tables: see fingerprint.py."""
+        parts = [b"\n".join(self.record[rows])]
+        if labels:
+            parts += [b"\n".join(self.lidarseg[rows]), self.coarse.tobytes()]
+        return {"frames": len(rows), "scenes": len(np.unique(self.scene[rows])), "tables": digest(parts)}
+
+    def files(self, rows, labels=False):
+        """A hash of the files of these frames: of the sizes of scans and images and, if asked for, of all labels.
+
+        Raises InputError for one that is missing.
+        """
+        paths = [path for row in rows for path in (self.lidar[row], *self.image[row])]
+        sizes = (os.stat(file).st_size for file in all_there(self.root, paths))
+        of_labels = all_there(self.root, self.lidarseg[rows] if labels else ())
+        return digest([repr([*sizes]).encode(), *(file.read_bytes() for file in of_labels)])
+
     def summary(self):
-        """The counts per split and condition as a printable table."""
+        """The counts per split and condition as a printable table, and the scenes whose condition is disputed."""
         lidarseg = "yes" if (self.lidarseg != b"").all() else "no" if (self.lidarseg == b"").all() else "in part"
         lines = [f"{self.root}: {len(self.scene)} frames, {len(self.cameras)} cameras, lidarseg: {lidarseg}",
                  f"  {'split':6} {'condition':10} scenes  frames  images"]
@@ -72,21 +101,32 @@ class Index:
                 if rows.any():
                     lines.append(f"  {split.decode():6} {name:10} {len(np.unique(self.scene[rows])):6}  "
                                  f"{rows.sum():6}  {rows.sum() * len(self.cameras):6}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *np.char.decode(self.disputed)])
 
 
 def condition_of(description):
-    """Condition of a nuScenes scene from its description, as md4all reads it: night, else rain, else clear."""
+    """Condition of a scene from the words of its description: one that begins with night, else one with rain, else clear.
+
+    md4all's published rule for nuScenes looks for night and rain anywhere, and finds rain in "train" and "terrain" too.
+    """
+    def says(what):
+        return re.search(rf"(?<![^\W\d_]){what}", description.lower())  # no letter before it
+    return CONDITIONS.index("night" if says("night") else "day-rain" if says("rain") else "day-clear")
+
+
+def published_condition_of(description):
+    """Condition of a nuScenes scene by md4all's rule: see `condition_of`."""
     text = description.lower()
     return CONDITIONS.index("night" if "night" in text else "day-rain" if "rain" in text else "day-clear")
 
 
-def load_index(root, version="v1.0-trainval", here=False):
+def load_index(root, version="v1.0-trainval", here=False, look=True):
     """The `Index` of a nuScenes root, from the cache if the tables have not changed since it was written.
 
     It is built by this file run as a script unless `here`, so that a training process never holds the devkit's tables.
-    Raises InputError for a wrong root or version and for files that the tables name but that are not there. A frame whose scan
-    is cut short or whose calibration is no pose is `bad`.
+    look: look at every file anew. Without (only training does so) the cache is trusted: of its frames only those that were bad
+    are looked at. Raises InputError for a wrong root or version and for files that the tables name but that are not there. A
+    frame whose scan is cut short or whose calibration is no pose is `bad`.
     """
     root = Path(root).resolve()
     tables = root / version
@@ -97,8 +137,11 @@ def load_index(root, version="v1.0-trainval", here=False):
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
     fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
     index = Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
-    reasons, posed = index.bad.tolist(), _posed(index.cam_from_lidar, index.intrinsics)
-    for row in np.flatnonzero(posed & (index.bad != b"")):  # was its file repaired since?
+    if look:
+        all_there(root, [path for path in (*index.lidar, *index.lidarseg, *index.image.flat) if path])
+    reasons = index.bad.tolist()
+    posed = _posed(index.cam_from_lidar, index.intrinsics)
+    for row in np.flatnonzero(posed & (look | (index.bad != b""))):  # a file may be damaged or repaired since
         paths = index.lidar[row].decode(), index.lidarseg[row].decode(), np.char.decode(index.image[row])
         reasons[row] = _damage(root, *paths).encode()
     index.bad = np.array(reasons, np.bytes_)
@@ -149,6 +192,8 @@ def damage_named(root, version):
         yield
     except InputError:
         raise
+    except MemoryError:
+        raise
     except Exception as error:
         raise InputError(f"--data {root}: nuscenes-devkit cannot read {version} ({type(error).__name__}: {error}); "
                          "extract its tables again".replace("\n", " ")) from None
@@ -157,18 +202,40 @@ def damage_named(root, version):
 def _read_tables(root, version):
     """The fields of `Index` from the dataset's own tables, through nuscenes-devkit."""
     with damage_named(root, version):
-        frames, coarse, cameras = _read_frames(root, version)
-        strings = {"scene", "split", "lidar", "lidarseg", "image", "bad"}
-        fields = {name: np.array(rows, dtype=np.bytes_ if name in strings else None) for name, rows in frames.items()}
+        check_beside(Path(root), version)
+        frames, coarse, cameras, disputed = _read_frames(root, version)
+        fields = {name: as_bytes(rows) if name in STRINGS else np.array(rows) for name, rows in frames.items()}
         count, shapes = len(fields["scene"]), {"image_size": (2,), "cam_from_lidar": (4, 4), "intrinsics": (3, 3)}
         for name, shape in shapes.items():
             if fields[name].shape != (count, len(cameras), *shape) or fields[name].dtype.kind not in "iuf":
                 raise ValueError(f"{name} of some image is not {' x '.join(map(str, shape))} numbers")
-    return fields | {"coarse": coarse, "cameras": np.array(cameras, dtype=np.bytes_)}
+    return fields | {"coarse": coarse, "cameras": as_bytes(cameras), "disputed": as_bytes(disputed)}
+
+
+def as_bytes(strings):
+    """Nested lists of strings, in any language, as an array of UTF-8 bytes."""
+    array = np.array(strings, np.str_)
+    return np.char.encode(array, "utf-8") if array.size else array.astype(np.bytes_)
+
+
+def check_beside(root, version):
+    """Raise InputError for what nuscenes-devkit needs beside the tables and would blame on them: maps and labels of points."""
+    def named(table):
+        path = root / version / f"{table}.json"
+        return [record["filename"] for record in json.loads(path.read_bytes())] if path.is_file() else []
+
+    check_files(root, named("map"), "they are in the archive of the metadata: extract all of it, maps/ too")
+    for table, archive, ending in (("lidarseg", "nuScenes-lidarseg", ".bin"), ("panoptic", "nuScenes-panoptic", ".npz")):
+        files = named(table)
+        check_files(root, files, f"extract {archive} into this folder, all of it")
+        there = sum(file.suffix == ending for file in (root / table / version).glob("*")) if files else 0
+        if there > len(files):
+            raise InputError(f"--data {root}: {there} files in {table}/{version}, but {table}.json names {len(files)}; "
+                             "remove those that are not of this version")
 
 
 def _read_frames(root, version):
-    """Lists by name of `Index`'s fields, one entry a frame; the classes of fine labels; the cameras' names."""
+    """Lists by name of `Index`'s fields, one entry a frame; the classes of fine labels; the cameras; disputed scenes."""
     from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
     from nuscenes.nuscenes import NuScenes
     from nuscenes.utils.geometry_utils import transform_matrix
@@ -192,28 +259,36 @@ def _read_frames(root, version):
     cameras = [c for c in CAMERAS if c in channels]
 
     frames = {name: [] for name in
-              "scene split condition lidar lidarseg image image_size cam_from_lidar intrinsics".split()}
-    for scene in sorted(nusc.scene, key=lambda s: s["name"]):
+              "scene split condition lidar lidarseg image image_size cam_from_lidar intrinsics record".split()}
+    disputed = []
+    for scene in nusc.scene:
+        condition, published = condition_of(scene["description"]), published_condition_of(scene["description"])
+        if condition != published:
+            disputed.append(f"  {scene['name']}, \"{scene['description']}\": {CONDITIONS[condition]} here, "
+                            f"{CONDITIONS[published]} by md4all's rule, which looks inside of words")
         token = scene["first_sample_token"]
         while token:
             sample = nusc.get("sample", token)
             token = sample["next"]
             lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
-            lidar_to_global = (pose(nusc.get("ego_pose", lidar["ego_pose_token"]))
-                               @ pose(nusc.get("calibrated_sensor", lidar["calibrated_sensor_token"])))
             views = [nusc.get("sample_data", sample["data"][camera]) for camera in cameras]
-            mounts = [nusc.get("calibrated_sensor", view["calibrated_sensor_token"]) for view in views]
+            mounts = [nusc.get("calibrated_sensor", view["calibrated_sensor_token"]) for view in (lidar, *views)]
+            egos = [nusc.get("ego_pose", view["ego_pose_token"]) for view in (lidar, *views)]
+            said = [scene["name"], condition, *(view[name] for view in (lidar, *views) for name in ("filename", "height", "width")),
+                    *(record[name] for record in (*mounts, *egos) for name in ("translation", "rotation")),
+                    *(mount["camera_intrinsic"] for mount in mounts)]
+            frames["record"].append(digest([repr(said).encode("utf-8", "backslashreplace")]))
+            lidar_to_global = pose(egos[0]) @ pose(mounts[0])
             frames["scene"].append(scene["name"])
             frames["split"].append(split_of.get(scene["name"], "other"))
-            frames["condition"].append(condition_of(scene["description"]))
+            frames["condition"].append(condition)
             frames["lidar"].append(lidar["filename"])
             frames["lidarseg"].append(labels.get(lidar["token"], ""))
             frames["image"].append([view["filename"] for view in views])
             frames["image_size"].append([(view["height"], view["width"]) for view in views])
-            frames["intrinsics"].append([mount["camera_intrinsic"] for mount in mounts])
-            frames["cam_from_lidar"].append([
-                pose(mount, inverse=True) @ pose(nusc.get("ego_pose", view["ego_pose_token"]), inverse=True)
-                @ lidar_to_global for view, mount in zip(views, mounts)])
+            frames["intrinsics"].append([mount["camera_intrinsic"] for mount in mounts[1:]])
+            frames["cam_from_lidar"].append([pose(mount, inverse=True) @ pose(ego, inverse=True) @ lidar_to_global
+                                             for mount, ego in zip(mounts[1:], egos[1:])])
     coarse = np.full(256, UNKNOWN, np.uint8)
     if labels:
         for fine, index in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
@@ -223,16 +298,22 @@ def _read_frames(root, version):
     frames["bad"] = [_damage(root, *paths) if good else f"{paths[0]}: the calibration or ego pose of it or of one of its images is none "
                      "(a rotation of length 0, or numbers that are not finite); extract the tables again"
                      for good, paths in zip(posed, zip(frames["lidar"], frames["lidarseg"], frames["image"]))]
-    return frames, coarse, cameras
+    return frames, coarse, cameras, disputed
 
 
-def check_files(root, paths):
+def check_files(root, paths, way_out="extract all archives of this version into this folder"):
     """Raise InputError for the first of these files, relative to `root`, that is missing or lies outside of it."""
     if outside := [path for path in paths if os.path.isabs(path) or ".." in Path(path).parts]:
         raise InputError(f"--data {root}: the tables name {outside[0]}, which is outside of this folder; do not trust this dataset")
     if bad := [path for path in paths if not os.path.isfile(os.path.join(root, path))]:
         raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing, "
-                         f"the first is {bad[0]}; extract all archives of this version into this folder")
+                         f"the first is {bad[0]}; {way_out}")
+
+
+def all_there(root, paths):
+    """Files by their paths, bytes relative to `root`. Raises InputError for one that is missing."""
+    check_files(root, [path.decode() for path in paths])
+    return [Path(root, path.decode()) for path in paths]
 
 
 def _size(root, path):
@@ -256,7 +337,7 @@ def _damage(root, scan, labels, images):
 
 @one_line_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
     parser.add_argument("--version", default="v1.0-trainval", help="version folder (default: %(default)s)")
     args = parser.parse_args()

@@ -14,9 +14,11 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-from checkpoints import check_fit, check_kind, load_strictly, read, strip
+from arguments import COUNT
+from checkpoints import check_fit, check_kind, load_strictly, located, read, say_if_unfinished, strip, unwrapped
 from errors import InputError
-from vit import ViT
+from fingerprint import of_weights
+from vit import ViT, on_the_grid_of
 
 IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
 FEATURES = ("prenorm", "norm", "keys")  # of a ViT, see `ViT.feature_map`; a ResNet-50 has one, "layer4"
@@ -116,8 +118,11 @@ ENCODERS = {row.name: row for row in (
 class ImageEncoder(nn.Module):
     """A backbone and how its feature map is read. Normalisation of the colours happens here.
 
-    `spec` is what a checkpoint needs to build it again: name, feature and, where it is known, image_size.
+    `spec` is what a checkpoint needs to build it again: name, feature and, where it is known, image_size. `careful` has each
+    call check its images, which costs a pass over them; the scripts make theirs from bytes and do without.
     """
+
+    careful = False
 
     def __init__(self, backbone, spec):
         super().__init__()
@@ -127,7 +132,12 @@ class ImageEncoder(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
-        """Images [B, 3, H, W] in [0, 1], H and W multiples of `.patch_size`, to features [B, D, h, w]."""
+        """Images [B, 3, H, W] in [0, 1], H and W multiples of `.patch_size`, to features [B, D, h, w].
+
+        Raises InputError for other images if `careful`.
+        """
+        if self.careful and not torch.compiler.is_compiling():
+            self.check_images(images)
         x = (images - self.mean) / self.std
         if self.row.vit:
             return self.backbone.feature_map(x, self.spec["feature"])
@@ -141,14 +151,34 @@ class ImageEncoder(nn.Module):
             raise InputError(f"--checkpoint: for vision transformers only, {self.spec['name']} is none")
         self.backbone.checkpoint = on
 
-    def check_size(self, size):
+    def check_images(self, images):
+        """Raise InputError unless images are what `forward` says, of the weights' type and on their device."""
+        if not torch.is_tensor(images):
+            raise InputError(f"images are a {type(images).__name__}, not a tensor; torch.from_numpy makes one of an array")
+        given = f"images of type {str(images.dtype).removeprefix('torch.')} and shape {tuple(images.shape)}"
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"{given}: are to be [B, 3, H, W], red, green and blue")
+        if images.dtype == torch.uint8:
+            raise InputError(f"{given}: are to be in [0, 1], not bytes; divide them by 255")
+        weight = next(self.backbone.parameters())
+        if images.dtype != weight.dtype and not (images.is_floating_point() and torch.is_autocast_enabled(weight.device.type)):
+            raise InputError(f"{given}: the encoder's weights are {str(weight.dtype).removeprefix('torch.')}; convert one of them")
+        if images.device != weight.device:
+            raise InputError(f"{given}: are on {images.device}, the encoder is on {weight.device}; move one of them")
+        self.check_size(images.shape[2:], "images")
+        if images.numel() and not (images.amin() >= 0 and images.amax() <= 1):  # NaN is neither
+            low, high = images.amin().item(), images.amax().item()
+            raise InputError(f"{given}: hold values from {low:.3g} to {high:.3g} and are to be in [0, 1], finite and not normalised; "
+                             "the encoder normalises them itself")
+
+    def check_size(self, size, subject="--image-size"):
         """Raise InputError where the patch size does not divide an image size (H, W)."""
         for side in size:
             if side < 1 or side % self.patch_size:
                 side = max(side, 1)
                 below = side - side % self.patch_size
                 near = " and ".join(str(n) for n in (below, below + self.patch_size) if n)
-                raise InputError(f"--image-size {size[0]} {size[1]}: {self.spec['name']} has patches of {self.patch_size} "
+                raise InputError(f"{subject} {size[0]} {size[1]}: {self.spec['name']} has patches of {self.patch_size} "
                                  f"pixels, which do not divide {side}; the nearest that they do are {near}")
         return tuple(size)
 
@@ -157,8 +187,12 @@ class ImageEncoder(nn.Module):
         named = ((self.row.released_name(name, value.shape), value) for name, value in self.backbone.state_dict().items())
         return {name: value.reshape(shape) for (name, shape), value in named}
 
+    def fingerprint(self):
+        """What this encoder is, wherever its weights came from: see fingerprint.py."""
+        return {"name": self.spec["name"], "feature": self.spec["feature"], "weights": of_weights(self.backbone)}
 
-def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
+
+def load_image_encoder(name_or_path, weights=None, hub=None, feature=None, careful=True):
     """An `ImageEncoder` in eval(), by name, or from a checkpoint that stage 2 (or the miniature's pre-training) wrote.
 
     Args:
@@ -166,8 +200,16 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
         weights: a file that `encoder_weights` understands, or "random"; default: the released ones.
         hub: local clone of the encoder's repository, whose hubconf.py gives the weights instead of the network's.
         feature: one of FEATURES; default: the encoder's (see ENCODERS), or the checkpoint's.
-    Raises InputError for an unknown name or feature, and for weights that do not fit or cannot be reached.
+        careful: whether it checks the images that it is called with.
+    Raises InputError for an unknown name or feature, and for weights that do not fit, are not finite or cannot be reached.
     """
+    encoder = _load(name_or_path, weights, hub, feature).eval()
+    encoder.careful = careful
+    return encoder
+
+
+def _load(name_or_path, weights, hub, feature):
+    """The encoder of `load_image_encoder`."""
     if name_or_path not in ENCODERS and os.path.exists(name_or_path):
         if weights:
             raise InputError(f"--weights {weights}: {name_or_path} is a checkpoint and has weights of its own")
@@ -176,20 +218,23 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None):
             raise InputError(f"--encoder {name_or_path}: no checkpoint of stage2.py; for a file of weights give --encoder NAME too: "
                              f"--encoder NAME --weights {name_or_path}")
         check_kind(content, name_or_path, "image_encoder")
+        say_if_unfinished(content, name_or_path)
         return encoder_of(content, name_or_path, feature)
     row = _row(name_or_path)
     spec = {"name": row.name, "feature": _feature(row, feature or row.feature)}
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return ImageEncoder(_architecture(row, "cpu"), spec).eval()
+            return ImageEncoder(_architecture(row, "cpu"), spec)
     source = weights or hub or row.source
     state = encoder_weights(read(weights) if weights else _released(row, hub), source)
     backbone = _architecture(row)
     own = {name: (*row.released_name(name, value.shape), value.shape) for name, value in backbone.state_dict().items()}
+    if "pos_embed" in own:
+        state = on_the_grid_of(backbone, state, own["pos_embed"][0], source)
     check_fit(state, {theirs: shape for theirs, shape, _ in own.values()}, f"{source}: weights of another encoder than {row.name}")
     backbone.load_state_dict({name: state[theirs].reshape(shape) for name, (theirs, _, shape) in own.items()})
-    return ImageEncoder(backbone, spec).eval()
+    return ImageEncoder(backbone, spec)
 
 
 def encoder_of(checkpoint, path, feature=None):
@@ -219,17 +264,24 @@ def add_arguments(parser, **encoder):
     add("--hub", help="local clone of the encoder's repository (default: torch.hub over the network)")
     add("--feature", choices=FEATURES, help="of a ViT's last block: its output before or after the final LayerNorm, or its "
         "attention's keys (default: the encoder's, see `python models.py`; prenorm for DINOv2, ScaLR supplement B.2)")
-    add("--image-size", type=int, nargs=2, metavar=("H", "W"),
+    add("--image-size", type=COUNT, nargs=2, metavar=("H", "W"),
         help="images are resized to this (default: what the checkpoint says, else 224 448, Sec. 4.1)")
 
 
 def source_of(args):
-    """The arguments of `load_image_encoder` that give a run's encoder again from any folder, for its checkpoint."""
+    """For a run's checkpoint: the arguments of `load_image_encoder` that give its encoder again, and the folder of the run."""
     def absolute(path):
         is_name = path is None or path in ENCODERS or path == "random"
         return path if is_name else os.path.abspath(path)
     return {"name_or_path": absolute(args.encoder), "weights": absolute(args.weights), "hub": absolute(args.hub),
-            "feature": args.feature}
+            "feature": args.feature, "folder": os.path.abspath(args.out)}
+
+
+def source_in(checkpoint, path):
+    """What `source_of` put into a checkpoint that is at `path` now: arguments of `load_image_encoder`, moved if it was moved."""
+    source = dict(checkpoint.get("encoder", {}))
+    was, now = source.pop("folder", None), path if os.path.isdir(path) else os.path.dirname(path)
+    return {name: located(value, was, now) for name, value in source.items()}
 
 
 def encoder_weights(content, source):
@@ -243,7 +295,7 @@ def encoder_weights(content, source):
             content = content[key]
     if not isinstance(content, dict):
         raise InputError(f"{source}: holds a {type(content).__name__} and no state dict")
-    content = {str(name).removeprefix("module."): value for name, value in content.items()}
+    content = unwrapped(content, source)
     for prefix in ("teacher.", "student.", "encoder_q.", "backbone.", "pretrained.", "visual."):
         content = strip(content, prefix)
     # DINOv2's training numbers the blocks inside chunks: blocks.1.7 is block 7
@@ -254,6 +306,8 @@ def encoder_weights(content, source):
 def _row(name):
     if name in ENCODERS:
         return ENCODERS[name]
+    if os.sep in name:
+        raise InputError(f"--encoder {name}: there is no such file or folder; if it was moved, say where it is now")
     near = difflib.get_close_matches(name, ENCODERS, n=3, cutoff=0.4)
     raise InputError(f"--encoder {name}: neither a file nor a known encoder; "
                      + (f"did you mean {' or '.join(near)}? " if near else "") + "`python models.py` lists them")

@@ -1,10 +1,9 @@
 """nuImages: labelled images of six cameras, and the class of each pixel, from its own tables through nuscenes-devkit.
 
-    python nuimages_data.py --data /data/nuimages       # build the index, check every file, print the counts
+    python nuimages_data.py --data /data/nuimages       # build the index, look at every file, print the counts
 
 (Not named nuimages.py: that is the devkit's package.)
 """
-import argparse
 import base64
 import dataclasses
 import os
@@ -15,10 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from arguments import Parser
 from data import next_good, read_image
 from errors import InputError, one_line_errors
+from fingerprint import digest
 from index import CLASSES as NUSCENES_CLASSES
-from index import cached, check_files, damage_named
+from index import all_there, as_bytes, cached, check_files, damage_named
 
 SPLITS = ("train", "val")
 CLASSES = NUSCENES_CLASSES[:NUSCENES_CLASSES.index("driveable_surface") + 1]  # ignore, the 10 classes of objects, the road
@@ -37,9 +38,10 @@ class ImageIndex:
     runs: np.ndarray         # [start[M]] uint8: run lengths, as pycocotools packs them
 
     def select(self, split, limit=None, percent=100, skip_bad=False):
-        """Image numbers of a split, at most `limit`, spread evenly; percent: every (100 / percent)-th in the order of file names.
+        """Image numbers of a split, at most `limit`, spread evenly.
 
-        skip_bad has no meaning here: what is damaged shows when it is read.
+        percent: every (100 / percent)-th, from the first on, in the order of file names; no release says which. skip_bad has no
+        meaning here: what is damaged shows when it is read.
         """
         rows = np.flatnonzero(self.split == split.encode())[::100 // percent]
         if limit is not None and limit < len(rows):
@@ -47,6 +49,18 @@ class ImageIndex:
         if len(rows) == 0:
             raise InputError(f"--data {self.root}: no image of split '{split}'; nuImages keeps it in the folder v1.0-{split}")
         return rows
+
+    def fingerprint(self, rows, labels=True):
+        """What these images and their masks are according to the tables: see fingerprint.py."""
+        parts = [b"\n".join(self.image[rows]), self.image_size[rows].astype("<i8").tobytes()]
+        for row in rows:
+            begin, end = self.first[row], self.first[row + 1]
+            parts.append(self.kind[begin:end].tobytes() + self.runs[self.start[begin]:self.start[end]].tobytes())
+        return {"images": len(rows), "tables": digest(parts)}
+
+    def files(self, rows, labels=True):
+        """A hash of the sizes of these images' files. Raises InputError for one that is missing."""
+        return digest([repr([os.stat(file).st_size for file in all_there(self.root, self.image[rows])]).encode()])
 
     def labels(self, row):
         """The classes uint8 [H, W] of an image's pixels: surfaces, then objects over them; 0 where nothing is labelled.
@@ -124,10 +138,10 @@ class LabelledImages(torch.utils.data.Dataset):
                 "labels": torch.from_numpy(labels[tuple(pixels.T)].astype(np.int64))}
 
 
-def load_nuimages(root, version=None, here=False):
+def load_nuimages(root, version=None, here=False, look=True):
     """The `ImageIndex` of a nuImages root with v1.0-train and v1.0-val (`version` has no meaning: they are the splits).
 
-    Cached and built as `index.load_index` does. Raises InputError for a wrong root and for images that are not there.
+    Cached, built and looked at as `index.load_index` does. Raises InputError for a wrong root and for images that are not there.
     """
     root = Path(root).resolve()
     tables = [root / f"v1.0-{split}" for split in SPLITS if (root / f"v1.0-{split}" / "object_ann.json").is_file()]
@@ -136,7 +150,10 @@ def load_nuimages(root, version=None, here=False):
         raise InputError(f"--data {root}: not a nuImages root: no v1.0-train or v1.0-val with an object_ann.json"
                          + (f"; there is {there}" if there else "") + "; download nuImages, or make a miniature one with "
                          "miniature/world.py --dataset nuimages")
-    return ImageIndex(root=str(root), **cached(ImageIndex, root, tables, __file__, [], here, lambda: _read_tables(root, tables)))
+    fields = cached(ImageIndex, root, tables, __file__, [], here, lambda: _read_tables(root, tables))
+    if look:
+        all_there(root, fields["image"])
+    return ImageIndex(root=str(root), **fields)
 
 
 def _read_tables(root, tables):
@@ -169,14 +186,14 @@ def _read_tables(root, tables):
                 runs.append(counts)
     split, image, size, count = zip(*images)
     check_files(root, image)
-    return {"split": np.array(split, np.bytes_), "image": np.array(image, np.bytes_), "image_size": np.array(size),
+    return {"split": as_bytes(split), "image": as_bytes(image), "image_size": np.array(size),
             "first": np.cumsum([0, *count]), "kind": np.array(kinds, np.uint8), "start": np.cumsum([0, *map(len, runs)]),
             "runs": np.frombuffer(b"".join(runs), np.uint8)}
 
 
 @one_line_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="nuImages root: the folder with samples/, v1.0-train/ and v1.0-val/")
     print(load_nuimages(parser.parse_args().data, here=True).summary())
 

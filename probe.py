@@ -13,7 +13,6 @@ OUT is runs/probe-ENCODER-TASK (-finetune, -1 for 1 %) unless given. Writes OUT/
 --finetune also OUT/best.pth, of the lowest loss on the validation split, which is computed ten times a run.
 `python eval.py OUT ...` evaluates and prints the table.
 """
-import argparse
 import os
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from tqdm import tqdm
 
 import models
 import training
+from arguments import COUNT, POSITIVE, RATE, Parser
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
-from errors import InputError, one_line_errors
+from errors import InputError, one_line_errors, say
 from index import CLASSES, load_index
 from nuimages_data import CLASSES as NUIMAGES
 from nuimages_data import LabelledImages, load_nuimages
@@ -48,7 +48,7 @@ PAPER = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     training.add_arguments(parser, out_required=False)
     add = parser.add_argument
     add("--task", choices=PAPER, required=True, help="seg: 16 classes; depth: metres; nuimages: 11 classes, --data is "
@@ -60,16 +60,16 @@ def parse(argv=None):
         return "; ".join(f"{task} " + (", ".join(f"{family} {v}" for family, v in value.items()) if isinstance(value, dict) else str(value))
                          for task, value in values.items())
     add("--finetune", action="store_true", help="train the image encoder too (Tables 1 and 2), not only the head")
-    add("--percent", type=int, choices=(1, 10), help="of the training scenes: every 100th or 10th, as SLidR and ScaLR; of nuImages' "
-        "images (default: all)")
+    add("--percent", type=int, choices=(1, 10), help="of the training scenes: every 100th or 10th in the order of the scene table, as "
+        "SLidR's public loader; of nuImages' images in the order of their names (default: all)")
     add("--cameras", help=f"all, a channel, or scan: the whole scan, for seg3d (default: {by_task('cameras')})")
-    add("--epochs", type=int, help=f"(default: {by_task('epochs')})")
-    add("--batch", type=int, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
-    add("--lr", type=float, help=f"peak learning rate (default: {by_task('lr')}; with --finetune: {by_task('finetune_lr')})")
-    add("--head-lr", type=float, help="with --finetune: peak learning rate of the head (default: --lr, the only one that the paper gives)")
-    add("--end-lr", type=float, help=f"learning rate at the end of the cosine (default: {by_task('end_lr')})")
-    add("--warmup", type=float, help=f"epochs from 0 to --lr (default: {by_task('warmup')})")
-    add("--weight-decay", type=float, help=f"of AdamW (default: {by_task('weight_decay')})")
+    add("--epochs", type=COUNT, help=f"(default: {by_task('epochs')})")
+    add("--batch", type=COUNT, help=f"camera views in a batch, over all processes (default: {by_task('batch')})")
+    add("--lr", type=POSITIVE, help=f"peak learning rate (default: {by_task('lr')}; with --finetune: {by_task('finetune_lr')})")
+    add("--head-lr", type=POSITIVE, help="with --finetune: peak learning rate of the head (default: --lr, the only one that the paper gives)")
+    add("--end-lr", type=RATE, help=f"learning rate at the end of the cosine (default: {by_task('end_lr')})")
+    add("--warmup", type=RATE, help=f"epochs from 0 to --lr (default: {by_task('warmup')})")
+    add("--weight-decay", type=RATE, help=f"of AdamW (default: {by_task('weight_decay')})")
     add("--head", choices=("linear", "batchnorm", "whitened"), help="a linear layer, or BatchNorm or whitening before it: the same "
         f"optimum, reached in fewer steps; whitened needs --cache (default: {by_task('head')})")
     add("--cache", action="store_true", help="compute the frozen features once and keep them in memory, in half precision (1 000 views of "
@@ -188,27 +188,32 @@ def main(argv=None):
     with training.first_process_first():
         if args.task == "seg3d":
             encoder, stage1 = load_waffleiron(args.encoder)
-            if not stage1 and training.rank() == 0:
-                print(f"{args.encoder}: released weights; points and planes as ScaLR has them on nuScenes", flush=True)
+            if not stage1:
+                say(f"{args.encoder}: released weights; points and planes as ScaLR has them on nuScenes")
             image_size, cloud, dim = None, stage1.get("cloud", CLOUD), encoder.spec["channels"]
         else:
-            encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature)
+            encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature, careful=False)
             image_size, cloud, dim = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE), None, encoder.dim
             image_size = encoder.check_size(image_size)
             args.lr = models.of_family(args.lr, encoder)
-    checkpoint = find_last(args)
     load, dataset, classes = (load_nuimages, LabelledImages, NUIMAGES) if args.task == "nuimages" else (load_index, Frames, CLASSES)
     with training.first_process_first():
-        index = load(args.data, args.version)
+        index = load(args.data, args.version, look=False)
     if training.rank() == 0:
         print(index.summary(), flush=True)
+    made_from = {"encoder": encoder.fingerprint()}
     encoder = encoder.to(device).eval().requires_grad_(args.finetune)  # in eval() also where it is trained, as in stage 2
     skip_bad = args.on_bad_frame == "skip"
     rows = index.select("train", limit=args.limit, percent=args.percent or 100, skip_bad=skip_bad)
-    if args.percent and training.rank() == 0:
-        which = ", ".join(np.unique(index.scene[rows]).astype(str)) if load is load_index else f"{len(rows)} images, by file name"
-        print(f"{args.percent} % of the training {'scenes' if load is load_index else 'set'}: {which}", flush=True)
-    options = dict(labels=args.task != "depth", max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
+    labelled = args.task != "depth"
+    made_from["frames"] = index.fingerprint(rows, labelled)
+    val = index.fingerprint(np.flatnonzero(index.split == b"val"), labelled)
+    checkpoint = find_last(args, made_from)
+    scenes = np.char.decode(np.unique(index.scene[rows])).tolist() if load is load_index else []
+    if args.percent:
+        of_set = "scenes: " + ", ".join(scenes) if scenes else f"set: {len(rows)} images, by file name"
+        say(f"{args.percent} % of the training {of_set}")
+    options = dict(labels=labelled, max_depth=DEPTHS[1] if args.task == "depth" else None, seed=args.seed)
     frames = dataset(index, rows, args.cameras, image_size, cloud, training=not args.cache,
                     augment=cloud is not None and not args.cache, skip_bad=skip_bad, **options)
     held_out = dataset(index, index.select("val"), args.cameras, image_size, **options) if args.finetune else ()
@@ -286,6 +291,7 @@ def main(argv=None):
                 "kind": "probe", "task": args.task, "model": head.state_dict(), "head": args.head, "dim": dim, "classes": classes,
                 "backbone": encoder.backbone.state_dict() if args.finetune else None, "best": best,
                 "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
+                "made_from": made_from, "val": val, "scenes": scenes if args.percent else None,
                 "data": os.path.abspath(args.data), "optimizer": optimizer.state_dict(), "step": done, "total": total,
                 "log": log.state(), "args": vars(args)}
             if is_best:

@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import read
-from errors import InputError
+from endings import obey_second_signal
+from errors import InputError, say
+from fingerprint import differences
 from training import rank, sum_over_processes, world
 
-# Arguments that a resumed run may be given anew
+# Arguments that a resumed run may be given anew, and those that say where a source is, which is known by its fingerprint
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart", "checkpoint"}
+WHERE = {"version": "frames", "encoder": "encoder", "weights": "encoder", "hub": "encoder", "feature": "encoder", "stage1": "stage1"}
 BAD_FRAMES = 0.01  # the part of the frames that --on-bad-frame skip leaves out at most
 
 
@@ -71,10 +74,10 @@ def _bytes(content):
     return sum(map(_bytes, parts))
 
 
-def find_last(args):
+def find_last(args, made_from=None):
     """The newest whole checkpoint of the run in --out, finished or not, or None. Raises InputError if it was another run.
 
-    A last.pth that cannot be read is named and set aside, and previous.pth is taken. With --restart another run's files are set
+    made_from: {source: fingerprint} of the run that is to go on: another run has other ones, or other arguments. A last.pth that cannot be read is named and set aside, and previous.pth is taken. With --restart another run's files are set
     aside too, into OUT/replaced-N.
     """
     out = Path(args.out)
@@ -103,13 +106,19 @@ def find_last(args):
         raise InputError(f"{damaged[0]}: not a checkpoint, or damaged; delete it or choose another --out")
     if checkpoint is None:
         return None
-    changed = _changed(vars(args), checkpoint["args"])
-    if changed and args.restart:
+    before, now = checkpoint.get("made_from", {}), made_from or {}
+    known = {name for name, source in WHERE.items() if source in before and source in now}
+    changed = _changed(vars(args), checkpoint["args"], MAY_CHANGE | known)
+    others = differences(before, now)
+    if (changed or others) and args.restart:
         _set_aside(out)
         return None
-    if changed:
-        raise InputError(f"--out {args.out} holds a run with other arguments ({changed}); repeat them to resume it, choose another "
-                         "--out, or add --restart to set that run's files aside")
+    if changed or others:
+        reasons = ["with other arguments (" + changed + ")"] * bool(changed) + ["made from other " + others] * bool(others)
+        raise InputError(f"--out {args.out} holds a run {' and '.join(reasons)}; repeat its command with the same to resume it, choose "
+                         "another --out, or add --restart to set that run's files aside")
+    if unknown := now.keys() - before.keys():
+        say(f"{args.out}: a run from before fingerprints; whether {' and '.join(sorted(unknown))} are the same is not checked")
     if rank() == 0:
         for path in damaged:
             path.rename(path.with_suffix(".damaged"))
@@ -118,10 +127,10 @@ def find_last(args):
     return checkpoint
 
 
-def _changed(now, before):
+def _changed(now, before, ignored):
     """The arguments that differ, in words; "" for none."""
     # A flag that was not given may be missing: the run may be from before there was such a flag
-    names = sorted(k for k in now.keys() | before.keys() if k not in MAY_CHANGE and (now.get(k) or None) != (before.get(k) or None))
+    names = sorted(k for k in now.keys() | before.keys() if k not in ignored and (now.get(k) or None) != (before.get(k) or None))
     return ", ".join(f"--{k.replace('_', '-')} {before.get(k)}, now {now.get(k)}" for k in names)
 
 
@@ -144,8 +153,9 @@ class Saver:
         self.stop = 0   # the signal that all processes know of, since the last `due`
 
     def guard(self, loop):
-        """Yield from `loop`; while it runs, SIGTERM and Ctrl-C are remembered instead of obeyed."""
+        """Yield from `loop`; while it runs, a first SIGTERM or Ctrl-C is remembered, not obeyed."""
         before = {}
+        obey_second_signal()
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -155,9 +165,9 @@ class Saver:
                 signal.signal(number, handler)
 
     def _remember(self, number, _):
-        # More of them change nothing: torchrun and schedulers pass on one that each process has had already.
         if not self.asked and rank() == 0:
-            os.write(1, f"\n{signal.Signals(number).name}: saving after this step (SIGQUIT, Ctrl-\\, ends at once)\n".encode())
+            name = signal.Signals(number).name
+            os.write(1, f"\n{name}: saving after this step; a second one ends the run at once\n".encode())
         self.asked = number
 
     def due(self, done):
@@ -183,6 +193,35 @@ class Saver:
         sys.exit(128 + self.stop)
 
 
+# ---- text that is read again ---------------------------------------------------------------------------------------------
+
+def write_text(path, text):
+    """Write a file of text, all of it or nothing. Raises InputError where it cannot be written; what was there is there then."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise InputError(f"{path}: cannot be written ({error.strerror}); it is as it was. Make room, then repeat the command") from None
+
+
+def write_json(path, content):
+    """Write JSON as `write_text` does; numbers must be finite, as JSON has no others."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def read_json(path):
+    """What is in a file of JSON; None where there is none, or one that was cut short."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 # ---- what runs away -----------------------------------------------------------------------------------------------------
 
 def check_finite(loss, model, step, out, batches, frames):
@@ -195,9 +234,8 @@ def check_finite(loss, model, step, out, batches, frames):
     if torch.isfinite(loss) & torch.isfinite(norm):
         return
     path = Path(out, f"not-finite-{rank()}.json" if world() > 1 else "not-finite.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"step": step, "loss": loss.item(), "gradient_norm": norm.item(),
-                                "frames": [frames.name(key) for key in batches.of(step)]}, indent=1))
+    write_json(path, {"step": step, "loss": str(loss.item()), "gradient_norm": str(norm.item()),
+                      "frames": [frames.name(key) for key in batches.of(step)]})
     raise InputError(f"step {step}: the loss is {loss.item():.3g} and its gradient's norm {norm.item():.3g}; no weight was touched, the "
                      f"frames of this step are in {path}. Try a lower --lr or --precision fp32, and look at these frames")
 
@@ -219,32 +257,27 @@ class Log:
         if rank() == 0 and self.path.is_file():
             step = checkpoint["step"] if checkpoint else 0
             kept = [json.dumps(line) for line in self._lines() if line.get("step", 0) <= step]
-            if kept != self.path.read_text().splitlines():
-                self._replace("".join(f"{line}\n" for line in kept))
+            if kept != self._text().splitlines():
+                write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def _begin(self, total=0.0, count=0, seconds=0.0):
         self.total, self.count, self.time = torch.tensor(total, dtype=torch.float32, device=self.device), count, time.time() - seconds
 
-    def _lines(self):
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # cut short when the run was killed
-                yield json.loads(line)
+    def _text(self):
+        return self.path.read_text(encoding="utf-8", errors="replace")
 
-    def _replace(self, text):
-        partial = self.path.with_suffix(".partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text)
-            os.replace(partial, self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); it is as it was. Make room, then repeat the command") from None
+    def _lines(self):
+        for text in self._text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut short when the run was killed
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    yield line
 
     def append(self, **values):
         """One more line, at once (first process)."""
         if rank() == 0:
-            self._replace((self.path.read_text() if self.path.is_file() else "") + json.dumps(values) + "\n")
+            before = self._text() if self.path.is_file() else ""
+            write_text(self.path, before + json.dumps(values, allow_nan=False) + "\n")
 
     def add(self, loss, batch=None):
         """Count a step's loss, and the frames that were left out of its batch."""

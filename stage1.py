@@ -8,13 +8,12 @@ Collaborative-distillation paper, Sec. 3.1; the loss and the recipe are ScaLR's.
 
 Writes OUT/last.pth and OUT/log.jsonl; started again with the same arguments, it goes on from last.pth.
 """
-import argparse
-
 import torch
 from tqdm import tqdm
 
 import models
 import training
+from arguments import COUNT, POSITIVE, RATE, Distinct, Parser, whole
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import distillation_loss, sample_features
 from errors import InputError, one_line_errors
@@ -24,39 +23,45 @@ from waffleiron import WaffleIron
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     training.add_arguments(parser)
     models.add_arguments(parser, default="dinov2_vits14",
                          help="image encoder: a name that `python models.py` lists, or a checkpoint (default: %(default)s)")
     add = parser.add_argument
-    add("--channels", type=int, default=768, help="width of WaffleIron (default: %(default)s, Sec. 4.1)")
-    add("--depth", type=int, default=48, help="layers of WaffleIron (default: %(default)s, ScaLR Sec. 4.1)")
+    add("--channels", type=COUNT, default=768, help="width of WaffleIron (default: %(default)s, Sec. 4.1)")
+    add("--depth", type=COUNT, default=48, help="layers of WaffleIron (default: %(default)s, ScaLR Sec. 4.1)")
     add("--norm", choices=("layernorm", "batchnorm"), help="in WaffleIron's layers (default: layernorm at width 768, else "
         "batchnorm; ScaLR Sec. 4.1)")
-    add("--fov", type=float, nargs=3, default=list(CLOUD["fov"]), metavar=("X", "Y", "Z"),
+    add("--fov", type=POSITIVE, nargs=3, default=list(CLOUD["fov"]), metavar=("X", "Y", "Z"),
         help="half extents of WaffleIron's planes in metres (default: 64 64 8, ScaLR supplement B.2)")
-    add("--cell", type=float, default=CLOUD["cell"], help="their cells' side in metres (default: %(default)s, same)")
-    add("--voxel", type=float, default=CLOUD["voxel"], help="one point per voxel of this side in metres (default: %(default)s)")
-    add("--max-points", type=int, default=CLOUD["max_points"], help="points of a view at most (default: %(default)s)")
-    add("--neighbors", type=int, default=CLOUD["neighbors"], help="of a point in the embedding (default: %(default)s, same)")
-    add("--conditions", nargs="+", choices=CONDITIONS, default=["day-clear"],
+    add("--cell", type=POSITIVE, default=CLOUD["cell"], help="their cells' side in metres (default: %(default)s, same)")
+    add("--voxel", type=POSITIVE, default=CLOUD["voxel"], help="one point per voxel of this side in metres (default: %(default)s)")
+    add("--max-points", type=COUNT, default=CLOUD["max_points"], help="points of a view at most (default: %(default)s)")
+    add("--neighbors", type=COUNT, default=CLOUD["neighbors"], help="of a point in the embedding (default: %(default)s, same)")
+    add("--conditions", nargs="+", action=Distinct, choices=CONDITIONS, default=["day-clear"],
         help="frames to learn from (default: day-clear, Sec. 3.1, Assumption 1)")
     add("--cameras", default="random", help="of a frame: random (one, drawn anew each epoch), all, or a channel "
         "(default: %(default)s, ScaLR Sec. 3.1)")
-    add("--epochs", type=int, default=49, help="(default: %(default)s, Sec. 4.1)")
-    add("--batch", type=int, default=8, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s, Sec. 4.1)")
-    add("--end-lr", type=float, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
-    add("--warmup", type=int, default=3500, help="steps from 0 to --lr, at most a tenth of the run (default: %(default)s, "
+    add("--epochs", type=COUNT, default=49, help="(default: %(default)s, Sec. 4.1)")
+    add("--batch", type=COUNT, default=8, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
+    add("--lr", type=POSITIVE, default=2e-3, help="peak learning rate (default: %(default)s, Sec. 4.1)")
+    add("--end-lr", type=RATE, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
+    add("--warmup", type=whole(0), default=3500, help="steps from 0 to --lr, at most a tenth of the run (default: %(default)s, "
         "ScaLR supplement B.2)")
     add("--checkpoint", action="store_true", help="compute WaffleIron's layers again in the backward pass instead of keeping them: the same "
         "result, a fraction of the memory, a third more time")
-    add("--weight-decay", type=float, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
+    add("--weight-decay", type=RATE, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
     return parser.parse_args(argv)
 
 
 def cloud_of(args):
-    """How a scan becomes WaffleIron's input, by the flags: see data.CLOUD."""
+    """How a scan becomes WaffleIron's input, by the flags: see data.CLOUD. Raises InputError for boxes that cells or voxels do not fit."""
+    for side in args.fov:
+        cells = 2 * side / args.cell
+        if round(cells) < 1 or abs(cells - round(cells)) > 1e-6 * cells:
+            raise InputError(f"--cell {args.cell:g}: twice --fov {side:g} is not a whole number of cells")
+        if side / args.voxel >= 2**20:
+            raise InputError(f"--voxel {args.voxel:g}: --fov {side:g} has more than a million of them; take larger ones")
     return CLOUD | {"fov": tuple(args.fov), "cell": args.cell, "voxel": args.voxel, "max_points": args.max_points, "neighbors": args.neighbors}
 
 
@@ -75,12 +80,11 @@ def waffleiron_of(args, cloud, out_channels):
 def main(argv=None):
     args = parse(argv)
     device = training.start(args)
-    checkpoint = find_last(args)
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version)
-        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
+        index = load_index(args.data, args.version, look=False)
+        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature, careful=False).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
@@ -88,6 +92,8 @@ def main(argv=None):
     skip_bad = args.on_bad_frame == "skip"
     frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, image_size, cloud,
                     training=True, augment=True, skip_bad=skip_bad, seed=args.seed)
+    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(frames.rows)}
+    checkpoint = find_last(args, made_from)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -135,7 +141,7 @@ def main(argv=None):
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr)
         if saver.due(done):
             saver.save({
-                "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(),
+                "kind": "point_encoder", "waffleiron": waffleiron.spec, "model": waffleiron.state_dict(), "made_from": made_from,
                 "cloud": cloud, "encoder": models.source_of(args), "image_size": image_size,
                 "optimizer": optimizer.state_dict(), "step": done, "total": total, "log": log.state(), "args": vars(args)})
     log.report()

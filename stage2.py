@@ -11,16 +11,16 @@ released WaffleIron there is no need of one (Table D, second row): --stage1 WI_7
 Writes OUT/last.pth, which `load_image_encoder("OUT")` and every --encoder flag read, and OUT/log.jsonl; started again with
 the same arguments, it goes on from last.pth.
 """
-import argparse
-
 import torch
 from tqdm import tqdm
 
 import models
 import training
+from arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
 from data import CLOUD, Frames, collate
 from distill import distillation_loss, feature_spread, sample_features
-from errors import InputError, one_line_errors
+from errors import InputError, one_line_errors, say
+from fingerprint import check
 from index import CONDITIONS, load_index
 from run_folder import Log, Saver, check_finite, find_last
 from waffleiron import load_waffleiron
@@ -32,7 +32,7 @@ COLLAPSED = {"feature_variance": (0, 0.1), "effective_rank": (1, 0.02)}
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     training.add_arguments(parser)
     add = parser.add_argument
     add("--stage1", required=True, help="stage 1's folder or checkpoint, or released weights of ScaLR")
@@ -41,16 +41,16 @@ def parse(argv=None):
         "each process its own (default: they stay as released)")
     add("--checkpoint", action="store_true", help="compute the blocks of the image encoder again in the backward pass instead of keeping "
         "them: the same result, a fraction of the memory, a third more time")
-    add("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS),
+    add("--conditions", nargs="+", action=Distinct, choices=CONDITIONS, default=list(CONDITIONS),
         help="frames to learn from (default: all, Sec. 3.2)")
     add("--cameras", default="all", help="of a frame: all (an epoch sees each), random (one), or a channel "
         "(default: %(default)s; the GPU-hours of Table L)")
-    add("--epochs", type=int, default=1, help="(default: %(default)s, Sec. 4.1)")
-    add("--batch", type=int, default=32, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
-    add("--lr", type=float, default=LR, help="peak learning rate (default: ViT 2e-5, ResNet-50 5e-3, Sec. 4.1)")
-    add("--end-lr", type=float, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
-    add("--warmup", type=float, default=0.1, help="part of the run from 0 to --lr (default: %(default)s, our choice)")
-    add("--weight-decay", type=float, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
+    add("--epochs", type=COUNT, default=1, help="(default: %(default)s, Sec. 4.1)")
+    add("--batch", type=COUNT, default=32, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
+    add("--lr", type=POSITIVE, default=LR, help="peak learning rate (default: ViT 2e-5, ResNet-50 5e-3, Sec. 4.1)")
+    add("--end-lr", type=RATE, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
+    add("--warmup", type=real(0, 1), default=0.1, help="part of the run from 0 to --lr (default: %(default)s, our choice)")
+    add("--weight-decay", type=RATE, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
     return parser.parse_args(argv)
 
 
@@ -63,39 +63,42 @@ def main(argv=None, dataset=Frames, **more):
 
     # ---- both encoders ----
     waffleiron, stage1 = load_waffleiron(args.stage1)  # of released weights nothing but the weights is known
-    if stage1.get("step", 0) < stage1.get("total", 0) and training.rank() == 0:
-        print(f"{args.stage1}: stage 1 is unfinished, step {stage1['step']} of {stage1['total']}", flush=True)
     if not args.encoder and not stage1:
         raise InputError(f"--stage1 {args.stage1}: released weights do not say which image encoder they were trained for; add "
                          "--encoder (ScaLR: dinov2_vitl14)")
-    if not stage1 and training.rank() == 0:
-        print(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes", flush=True)
-    theirs = stage1.get("encoder", {})
+    if not stage1:
+        say(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes")
+    theirs = models.source_in(stage1, args.stage1)
     if args.encoder:
         source = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub}
     else:
         source = theirs | {name: value for name, value in (("weights", args.weights), ("hub", args.hub)) if value}
     source["feature"] = args.feature or theirs.get("feature")  # what the head was trained to give
     with training.first_process_first():
-        encoder = models.load_image_encoder(**source).to(device)
+        encoder = models.load_image_encoder(**source, careful=False).to(device)
     if encoder.dim != waffleiron.spec["out_channels"]:
         raise InputError(f"--encoder {encoder.spec['name']}: its features have {encoder.dim} channels, the head of --stage1 {args.stage1} "
                          f"gives {waffleiron.spec['out_channels']}; it was trained for another encoder")
+    made_from = {"stage1": waffleiron.fingerprint(), "encoder": encoder.fingerprint()}
+    if stage1:
+        check(f"--stage1 {args.stage1}", stage1.get("made_from", {}), {"encoder": made_from["encoder"]},
+              "give that one as --encoder, or train stage 1 for this one")
     encoder.keep_less(args.checkpoint)
     if args.train_batchnorm and encoder.row.vit:
         raise InputError(f"--train-batchnorm: {encoder.spec['name']} has no BatchNorm")
     image_size = encoder.check_size(args.image_size or stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE))
     args.lr = models.of_family(args.lr, encoder)
-    checkpoint = find_last(args)
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version)
+        index = load_index(args.data, args.version, look=False)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     skip_bad = args.on_bad_frame == "skip"
     frames = dataset(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, image_size,
                      stage1.get("cloud", CLOUD), training=True, skip_bad=skip_bad, seed=args.seed)
+    made_from["frames"] = index.fingerprint(frames.rows)
+    checkpoint = find_last(args, made_from)
     total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
@@ -154,7 +157,7 @@ def main(argv=None, dataset=Frames, **more):
         if saver.due(done):
             saver.save({
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},
-                "model": encoder.backbone.state_dict(),
+                "model": encoder.backbone.state_dict(), "made_from": made_from,
                 "optimizer": optimizer.state_dict(), "step": done, "total": total, "log": log.state(), "spread": before,
                 "args": vars(args)})
     log.report()

@@ -5,17 +5,15 @@ checkpoint needs no random state and a resumed run is the run that never stopped
 """
 import atexit
 import contextlib
-import functools
 import math
-import multiprocessing
 import os
-import signal
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
+from arguments import COUNT, RATE, SEED, WORKERS
+from endings import Loader, allow_open_files, obey_second_signal
 from errors import InputError
 
 
@@ -25,27 +23,25 @@ def add_arguments(parser, out_required=True):
     add("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
     add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
     add("--out", required=out_required, help="folder for last.pth and log.jsonl; a run found there is resumed")
-    add("--limit", type=int, help="use only so many frames, spread evenly (default: all)")
-    add("--steps", type=int, help="train for so many steps instead of --epochs, schedule included")
+    add("--limit", type=COUNT, help="use only so many frames, spread evenly (default: all)")
+    add("--steps", type=COUNT, help="train for so many steps instead of --epochs, schedule included")
     add("--restart", action="store_true", help="where --out holds a run with other arguments, set its files aside and begin anew")
-    add("--save-every", type=float, default=10, metavar="MINUTES", help="between checkpoints; each epoch's end writes one too (default: %(default)s)")
+    add("--save-every", type=RATE, default=10, metavar="MINUTES", help="between checkpoints; each epoch's end writes one too (default: %(default)s)")
     add("--on-bad-frame", choices=("stop", "skip"), default="stop", help="a damaged scan, image or calibration: stop and name it, or skip it: "
         "the next frame takes its place, log.jsonl names it, more than 1 %% stop the run (default: %(default)s)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+    add("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1),
         help="data-loading processes for each training process (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, order and augmentation (default: %(default)s)")
 
 
 # ---- processes ----
 
 def start(args):
     """Join the process group if torchrun started us, seed the initial weights; returns the device."""
-    for name in ("steps", "limit", "epochs", "batch"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    obey_second_signal()
+    allow_open_files()
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -82,6 +78,25 @@ def first_process_first():
     yield
     if world() > 1 and first:
         dist.barrier()
+
+
+def by_first_process(function):
+    """What `function` gives in the first process, told to all: for what depends on files, which may change in between.
+
+    An InputError there is raised in all of them.
+    """
+    if world() == 1:
+        return function()
+    found = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = function()
+        except InputError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise InputError(found[1])
+    return found[0]
 
 
 def sum_over_processes(tensor):
@@ -143,7 +158,7 @@ class Batches:
         """This process's part of one step's batch."""
         epoch, place = divmod(step, self.per_epoch)
         if self.order[0] != epoch:
-            generator = torch.Generator().manual_seed(1000003 * self.seed + epoch)
+            generator = torch.Generator().manual_seed((1000003 * self.seed + epoch) % 2**63)
             self.order = epoch, torch.randperm(self.items, generator=generator).tolist()
         local = self.batch // world()
         begin = place * self.batch + rank() * local
@@ -151,17 +166,9 @@ class Batches:
 
 
 def load(dataset, batches, collate, workers, device):
-    """A DataLoader over `batches`; `batches` may be any iterable of lists of (epoch, item number)."""
-    ending = multiprocessing.RawValue("b", 0)
-    atexit.register(setattr, ending, "value", 1)  # runs before multiprocessing ends its children
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=functools.partial(_outlive_signals, ending))
-
-
-def _outlive_signals(ending, _):
-    """A loading process lives on after Ctrl-C or a scheduler's SIGTERM: the process that it works for has to save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number) if ending.value else None)
+    """A DataLoader over `batches`, which may be any iterable of lists of (epoch, item number)."""
+    return Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                  pin_memory=device.type == "cuda")
 
 
 def to_device(batch, device):

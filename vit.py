@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from errors import say
+
 
 # ---- positions ------------------------------------------------------------------------------------------------------
 
@@ -28,6 +30,27 @@ def interpolate_positions(pos_embed, grid, h, w, antialias):
     else:
         plane = F.interpolate(plane, scale_factor=((h + 0.1) / grid[0], (w + 0.1) / grid[1]), mode="bicubic")
     return torch.cat([pos_embed[:, :1], plane.flatten(2).transpose(1, 2)], 1)
+
+
+def on_the_grid_of(vit, state, name, source):
+    """A state dict whose position embeddings, `name`, are on the grid of the ViT, to which those of another are interpolated.
+
+    Which grid they are of is not in the file: it has the shape of the ViT's own, or is a square (DINOv2 trains at 224 pixels on
+    16 x 16 patches). What is neither stays as it is.
+    """
+    value, (rows, columns) = state.get(name), vit.grid
+    if not torch.is_tensor(value) or value.shape[-1:] != vit.pos_embed.shape[-1:] or value.shape[-2] == 1 + rows * columns:
+        return state
+    count = value.shape[-2] - 1
+    scale = (count / (rows * columns)) ** 0.5
+    grids = [(round(rows * scale), round(columns * scale)), (round(count**0.5),) * 2]
+    grid = next((grid for grid in grids if grid[0] * grid[1] == count > 0), None)
+    if grid is None:
+        return state
+    say(f"{source}: positions of {grid[0]} x {grid[1]} patches, interpolated once to {rows} x {columns}, those of the release")
+    # In double precision, so that every machine rounds to the same weights
+    positions = interpolate_positions(value.double().view(1, 1 + count, -1), grid, rows, columns, vit.antialias)
+    return state | {name: positions.to(value.dtype).view(*value.shape[:-2], 1 + rows * columns, -1)}
 
 
 class RotaryPositions(nn.Module):

@@ -18,8 +18,9 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import check_fit, check_kind, load_strictly, read
+from checkpoints import check_fit, check_kind, load_strictly, read, say_if_unfinished, unwrapped
 from errors import InputError
+from fingerprint import of_weights
 
 GRIDS = ((256, 256), (256, 32), (256, 32))   # cells (H, W) of the planes with normal axis z, y, x
 
@@ -260,6 +261,10 @@ class WaffleIron(nn.Module):
         x = x + self.drop_path(self.spatial_mix[i](x, window), batch, clouds)
         return x + self.drop_path(self.channel_mix[i](x), batch, clouds)
 
+    def fingerprint(self):
+        """What this encoder is, wherever its weights came from: see fingerprint.py."""
+        return {"name": f"WI-{self.spec['depth']}-{self.spec['channels']}", "weights": of_weights(self)}
+
     def drop_path(self, branch, batch, clouds):
         """Stochastic depth (Huang et al., 2016): one draw per cloud, as a cloud is what one image is elsewhere."""
         keep = 1 - self.spec["drop_path"]
@@ -300,7 +305,7 @@ def to_released(model):
 def from_released(state_dict, grids=GRIDS, subject="state_dict"):
     """A WaffleIron with published weights, in float32; sizes, norm, activation and head are inferred from names and shapes.
 
-    state_dict: {published name: tensor}, `module.` prefixes allowed, with one of three heads: a linear layer (`classif`:
+    state_dict: {published name: tensor}, as `unwrapped` takes it, with one of three heads: a linear layer (`classif`:
     WaffleIron, ScaLR), BatchNorm and a linear layer (`classif.0`, `.1`: ScaLR downstream) or an MLP (`classif.0`, `.2`:
     ScaLR+, which also has GELU in the blocks and was trained with a drop path of 0.2). GELU is not in the weights: under
     another head, as after fine-tuning, ScaLR+ would be taken for ScaLR. grids: as for WaffleIron; they are not in the
@@ -311,7 +316,7 @@ def from_released(state_dict, grids=GRIDS, subject="state_dict"):
                "ckpt_last.pth are")
     if not isinstance(state_dict, dict):
         raise InputError(f"{subject}: this is a {type(state_dict).__name__}")
-    state = {str(name).removeprefix("module."): value for name, value in state_dict.items()}
+    state = unwrapped(state_dict, subject)
     heads = {"classif.2.weight": "mlp", "classif.1.weight": "batchnorm", "classif.weight": "linear"}    # by the last layer
     last = next((name for name in heads if name in state), "classif.weight")
     sizes = [tuple(getattr(state.get(name), "shape", ())) for name in ("embed.conv1.weight", last)]
@@ -354,6 +359,7 @@ def load_waffleiron(path):
         raise InputError(f"{path}: not a stage-1 checkpoint, nor released weights under {', '.join(RELEASED)}: it holds "
                          f"{held}; give what stage1.py wrote, or ScaLR's model.pth")
     check_kind(content, path, "point_encoder")
+    say_if_unfinished(content, path)
     try:
         with torch.device("meta"):
             model = WaffleIron(**content["waffleiron"])

@@ -31,7 +31,6 @@ stage2-epochs (Table G: 25 epochs 52.7, depth 7.44; but on KITTI 3.08 instead of
 stage1-all-conditions (Table 5, the 3D encoder's mIoU: rain 60.0 instead of 61.1, night 42.8 instead of 48.0). Only stage1.py with
     all --conditions: as many epochs, so more steps.
 """
-import argparse
 import os
 import sys
 
@@ -44,10 +43,12 @@ import models
 import stage1
 import stage2
 import training
-from checkpoints import read
+from arguments import POSITIVE, Parser, whole
+from checkpoints import read, say_if_unfinished
 from data import Frames, collate
 from distill import distillation_loss, features_at_points
 from errors import InputError, one_line_errors
+from fingerprint import check, of_weights
 from index import CLASSES, CONDITIONS, load_index
 from probe import probe_loss
 from run_folder import Log, Saver, check_finite, find_last, save
@@ -116,8 +117,8 @@ def build(args, device, out_channels=None, labels=False):
     out_channels: of WaffleIron's head (default: the image encoder's). labels: frames with labels and without images.
     """
     with training.first_process_first():
-        index = load_index(args.data, args.version)
-        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature).to(device)
+        index = load_index(args.data, args.version, look=False)
+        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature, careful=False).to(device)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     image_size = encoder.check_size(args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
@@ -126,8 +127,9 @@ def build(args, device, out_channels=None, labels=False):
     frames = Frames(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras,
                     None if labels else image_size, cloud, training=True, augment=True, labels=labels, skip_bad=skip_bad, seed=args.seed)
     waffleiron = stage1.waffleiron_of(args, cloud, out_channels or encoder.dim).to(device)
+    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(frames.rows, labels)}
     return encoder, waffleiron, frames, {"waffleiron": waffleiron.spec, "cloud": cloud, "encoder": models.source_of(args),
-                                         "image_size": image_size}
+                                         "image_size": image_size, "made_from": made_from}
 
 
 def train(args, device, checkpoint, frames, model, loss_of, peaks, parts, content):
@@ -186,8 +188,8 @@ def no_stage1(argv):
     args = stage1.parse(argv)
     args.ablation = "no-stage1"
     device = training.start(args)
-    checkpoint = find_last(args)
     _, waffleiron, frames, content = build(args, device, labels=True)
+    checkpoint = find_last(args, content["made_from"])
     waffleiron.head.requires_grad_(False)
     classifier = nn.Linear(args.channels, len(CLASSES) - 1).to(device)
 
@@ -201,9 +203,8 @@ def no_stage1(argv):
 
 def head_2d(argv):
     """Table J (1): stage 1 with a 2D head, or with --stage1 the stage 2 after it."""
-    parser = argparse.ArgumentParser(description="Table J: a linear 2D head in place of the 3D head. "
-                                                 "All other flags are stage1.py's (see its -h) or, "
-                                     "with --stage1, stage2.py's without --encoder, --feature and --image-size.", allow_abbrev=False)
+    parser = Parser("Table J: a linear 2D head in place of the 3D head. All other flags are stage1.py's (see its -h) or, with --stage1, "
+                    "stage2.py's without --encoder, --feature and --image-size.", allow_abbrev=False)
     parser.add_argument("--stage1", help="folder of this ablation's stage 1: do its stage 2 (default: do stage 1)")
     parser.add_argument("--train-head", action="store_true", help="train the head in stage 1 too (default: it stays random there)")
     own, rest = parser.parse_known_args(argv)
@@ -221,8 +222,8 @@ def head_2d(argv):
 
 def head_2d_stage1(args, device):
     """WaffleIron without a head learns the features that the 2D head gives; the image encoder is frozen."""
-    checkpoint = find_last(args)
     encoder, waffleiron, frames, content = build(args, device, out_channels=args.channels)
+    checkpoint = find_last(args, content["made_from"])
     encoder.requires_grad_(False)
     waffleiron.head = nn.Identity()
     head = nn.Linear(encoder.dim, args.channels).to(device).requires_grad_(args.train_head)
@@ -243,15 +244,15 @@ def head_2d_stage2(args, device):
     before = read(args.stage1)
     if not isinstance(before, dict) or before.get("kind") != "2d_head":
         raise InputError(f"--stage1 {args.stage1}: not a checkpoint of stage 1 with a 2D head; `2d-head` without --stage1 writes it")
-    if before["step"] < before["total"] and training.rank() == 0:
-        print(f"{args.stage1}: stage 1 is unfinished, step {before['step']} of {before['total']}", flush=True)
+    say_if_unfinished(before, args.stage1)
     with training.first_process_first():
-        index = load_index(args.data, args.version)
+        index = load_index(args.data, args.version, look=False)
         moved = {name: value for name, value in (("weights", args.weights), ("hub", args.hub)) if value}
-        encoder = models.load_image_encoder(**before["encoder"] | moved).to(device)
+        encoder = models.load_image_encoder(**models.source_in(before, args.stage1) | moved, careful=False).to(device)
+    made_from = {"encoder": encoder.fingerprint()}
+    check(f"--stage1 {args.stage1}", before.get("made_from", {}), made_from, "its 2D head was made for that one; do its stage 1 again")
     encoder.keep_less(args.checkpoint)
     args.lr = models.of_family(args.lr, encoder)
-    checkpoint = find_last(args)
     if training.rank() == 0:
         print(index.summary(), flush=True)
     skip_bad = args.on_bad_frame == "skip"
@@ -263,6 +264,9 @@ def head_2d_stage2(args, device):
     waffleiron.to(device).eval().requires_grad_(False)
     head = nn.Linear(encoder.dim, before["waffleiron"]["channels"]).to(device)
     head.load_state_dict(before["head"])
+    made_from["stage1"] = {"name": "2d-head", "weights": of_weights(nn.ModuleList([waffleiron, head]))}
+    made_from["frames"] = index.fingerprint(frames.rows)
+    checkpoint = find_last(args, made_from)
     encoder.train(args.train_batchnorm)
 
     def loss_of(features, batch, step):
@@ -270,25 +274,20 @@ def head_2d_stage2(args, device):
 
     model = Pair(encoder, waffleiron, before["image_size"], head)
     train(args, device, checkpoint, frames, model, loss_of, [(model, args.lr)], {"model": encoder.backbone, "head": head},
-          {"kind": "image_encoder", "encoder": encoder.spec | {"image_size": before["image_size"]}})
+          {"kind": "image_encoder", "encoder": encoder.spec | {"image_size": before["image_size"]}, "made_from": made_from})
 
 
 def joint(argv):
     """Table K: both encoders trained together from the start, in one stage."""
-    parser = argparse.ArgumentParser(description="Table K: both encoders trained in one stage. All other flags are stage1.py's (see its -h), "
-                                     "with stage2.py's defaults of --conditions, --cameras, --epochs and --batch; --lr is WaffleIron's.",
-                                     allow_abbrev=False)
+    parser = Parser("Table K: both encoders trained in one stage. All other flags are stage1.py's (see its -h), with stage2.py's defaults "
+                    "of --conditions, --cameras, --epochs and --batch; --lr is WaffleIron's.", allow_abbrev=False)
     add = parser.add_argument
     add("--loss", choices=("l2", "contrastive"), default="l2", help="Eq. 1 without stop-gradient, or InfoNCE (default: %(default)s)")
-    add("--lr-2d", type=float, default=stage2.LR, help="peak learning rate of the image encoder (default: stage2.py's)")
-    add("--temperature", type=float, default=0.07, help="of InfoNCE (default: %(default)s, our choice)")
-    add("--pairs", type=int, default=128, help="of an image in InfoNCE at most, drawn anew each step (default: %(default)s, our choice: "
+    add("--lr-2d", type=POSITIVE, default=stage2.LR, help="peak learning rate of the image encoder (default: stage2.py's)")
+    add("--temperature", type=POSITIVE, default=0.07, help="of InfoNCE (default: %(default)s, our choice)")
+    add("--pairs", type=whole(2), default=128, help="of an image in InfoNCE at most, drawn anew each step (default: %(default)s, our choice: "
         "4096 in a batch of 32)")
     own, rest = parser.parse_known_args(argv)
-    if own.temperature <= 0:
-        raise InputError(f"--temperature {own.temperature}: must be above 0")
-    if own.pairs < 2:
-        raise InputError(f"--pairs {own.pairs}: must be at least 2, InfoNCE tells a pair from others")
     theirs = stage2.parse(["--data", "", "--stage1", "", "--out", ""])
     args = stage1.parse(["--conditions", *theirs.conditions, "--cameras", theirs.cameras, "--epochs", str(theirs.epochs),
                          "--batch", str(theirs.batch), *rest])
@@ -296,19 +295,20 @@ def joint(argv):
     device = training.start(args)
     encoder, waffleiron, frames, content = build(args, device)
     args.lr_2d = models.of_family(args.lr_2d, encoder)
-    checkpoint = find_last(args)
+    checkpoint = find_last(args, content["made_from"])
 
     def loss_of(features, batch, step):
         if args.loss == "l2":
             return two_way_loss(*features), len(batch["batch"])
-        generator = torch.Generator().manual_seed((1000003 * args.seed + step) * training.world() + training.rank())
+        generator = torch.Generator().manual_seed(((1000003 * args.seed + step) * training.world() + training.rank()) % 2**63)
         rows = some_of_each(batch["batch"], args.pairs, generator)
         return contrastive_loss(*(side[rows] for side in features), args.temperature), len(rows)
 
     model = Pair(encoder, waffleiron, content["image_size"])
     train(args, device, checkpoint, frames, model, loss_of, [(encoder, args.lr_2d), (waffleiron, args.lr)],
           {"model": encoder.backbone, "point_model": waffleiron},
-          {"kind": "image_encoder", "encoder": encoder.spec | {"image_size": content["image_size"]}})
+          {"kind": "image_encoder", "encoder": encoder.spec | {"image_size": content["image_size"]},
+           "made_from": content["made_from"]})
     save(os.path.join(args.out, "waffleiron.pth"), {"kind": "point_encoder"} | content | {
         "model": waffleiron.state_dict(), "args": vars(args)})
 
@@ -329,7 +329,7 @@ ABLATIONS = {"no-stage1": no_stage1, "2d-head": head_2d, "joint": joint, "stage2
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("name", choices=ABLATIONS)
     argv = sys.argv[1:] if argv is None else argv
     ABLATIONS[parser.parse_args(argv[:1]).name](argv[1:])

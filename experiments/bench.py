@@ -15,7 +15,6 @@ On a CPU the bare command takes one view and 6 of the 48 layers. The embedding c
 layers, in 17 GB at width 768. Getting tensors of more than 32 MB anew from the system is most of the straightforward time there;
 with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment both formulations keep their memory.
 """
-import argparse
 import ctypes
 import functools
 import gc
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Callable, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,8 +35,10 @@ from scipy.spatial import cKDTree
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+import files
 import models
 import training
+from arguments import COUNT, Parser
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import DIRECTIONS, distillation_loss, sample_features
 from errors import InputError, one_line_errors
@@ -238,6 +240,24 @@ def item_cases(frames):
             for name, whole in ((", voxels of the whole scan", True), (", voxels of a camera's points", False))], note
 
 
+def check_cost(frames, repeats):
+    """What checking its files costs a data item, in words: timed inside of the items of the first frame's views."""
+    spent, device = [], torch.device("cpu")
+
+    def timed(check):
+        def run(*arguments):
+            found = []
+            spent.append(seconds(lambda: found.append(check(*arguments)), device))
+            return found[0]
+        return run
+
+    views = range(len(frames.index.cameras))
+    with mock.patch.multiple(files, implausible=timed(files.implausible), stretches=timed(files.stretches)):
+        times = repeat([lambda: [frames[0, view] for view in views]], device, repeats)
+    checks, items = (median(np.reshape(t, (len(times), -1)).sum(1)) / len(views) * 1e3 for t in (spent, times))
+    return f"Checks of the scan and the image of a data item: {checks:.2f} of {items:.1f} ms, {checks / items:.1%}."
+
+
 def distill_case(name, stage, device, learner, pixel_features, point_features, optimizer=None):
     """What stage 1 or 2 does with two sides, functions of `plain` that give [M, D] each. stage None: they are computed, that is all."""
     def run(plain, precision):
@@ -329,18 +349,17 @@ def hardware(device):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m experiments.bench")
     add = parser.add_argument
     add("--data", help="nuScenes root (default: a keyframe of nuScenes' size is made in runs/bench-world)")
     add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
-    add("--widths", type=int, nargs="+", default=[256, 768], help="of WaffleIron; the steps take the last one (default: 256 768)")
-    add("--depth", type=int, help=f"layers of WaffleIron (default: 48 on a GPU, else {FEW})")
-    add("--batch", type=int, help="camera views in a step (default: 8 on a GPU, else 1)")
+    add("--widths", type=COUNT, nargs="+", default=[256, 768], help="of WaffleIron; the steps take the last one (default: 256 768)")
+    add("--depth", type=COUNT, help=f"layers of WaffleIron (default: 48 on a GPU, else {FEW})")
+    add("--batch", type=COUNT, help="camera views in a step (default: 8 on a GPU, else 1)")
     add("--encoder", help="image encoder, with random weights (default: dinov2_vitl14 on a GPU, else vit_small14)")
-    add("--points", type=int, nargs="+", default=[1000, 3000, 10000, 30000], help="of the linear cost (default: 1000 3000 10000 30000)")
-    add("--repeats", type=int, default=3, help="of each row at least, more where they take fewer seconds than that (default: %(default)s)")
-    add("--workers", type=int, help="processes of the loader (default: all cores beside a GPU; else it is not run)")
+    add("--points", type=COUNT, nargs="+", default=[1000, 3000, 10000, 30000], help="of the linear cost (default: 1000 3000 10000 30000)")
+    add("--repeats", type=COUNT, default=3, help="of each row at least, more where they take fewer seconds than that (default: %(default)s)")
+    add("--workers", type=COUNT, help="processes of the loader (default: all cores beside a GPU; else it is not run)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--out", help="the tables go to this file too")
@@ -351,9 +370,6 @@ def parse(argv=None):
 @one_line_errors
 def main(argv=None):
     args, start, image_size = parse(argv), time.time(), models.IMAGE_SIZE
-    for name in ("widths", "depth", "points", "repeats", "workers"):
-        if (value := getattr(args, name)) is not None and np.min(value) < 1:
-            raise InputError(f"--{name} {value}: must be at least 1")
     device = training.start(args)
     for name, *choice in (("depth", FEW, 48), ("batch", 1, 8), ("encoder", "vit_small14", "dinov2_vitl14"), ("precision", "fp32", "bf16"),
                           ("workers", None, os.cpu_count())):
@@ -374,6 +390,7 @@ def main(argv=None):
 
     # ---- measurements ----
     cases, note = item_cases(frames)
+    checks = check_cost(frames, args.repeats)
     for channels in args.widths:
         more, model = waffleiron_cases(channels, args.depth, encoder.dim, one, device)
         cases += more
@@ -386,7 +403,7 @@ def main(argv=None):
 
     # ---- tables ----
     steps = rows[-3:-1]   # of the three rows of step_cases
-    text = "\n\n".join([hardware(device), table(rows), note, linear,
+    text = "\n\n".join([hardware(device), table(rows), note, checks, linear,
                         *(whole_run(row, args.batch, *run) for row, run in zip(steps, RUNS)),
                         f"Precision: {args.precision}. Loader: {loader}. At least {args.repeats} repetitions and {args.repeats} s of each row; "
                         f"{time.time() - start:.0f} s in all."])

@@ -28,9 +28,7 @@ their public code (ImageNet-C: Hendrycks & Dietterich, ICLR 2019, which they use
   near and far alike: for fog by depth every pixel would need one.
 - A path of motion blur is not rounded to whole pixels. LiDAR's intensity gets no noise.
 """
-import argparse
 import functools
-import json
 import os
 import sys
 from pathlib import Path
@@ -41,10 +39,12 @@ from scipy.ndimage import correlate1d
 import eval as evaluation
 import stage2
 import training
+from arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
 from checkpoints import load_checkpoint
 from data import Frames
 from errors import InputError, one_line_errors
 from index import load_index
+from run_folder import write_json, write_text
 
 # ---- images: uint8 [3, H, W], severity 1..5, rng -> uint8 [3, H, W] ------------------------------------------------------
 
@@ -129,27 +129,31 @@ class CorruptedScans(_Corrupted):
 # ---- the three commands --------------------------------------------------------------------------------------------------
 
 def table(rows):
-    """Markdown: a row per probe, full split; in brackets the difference to the first probe of the same task.
+    """Markdown: a row per probe, full split; in brackets the difference to the first probe of the same task, if comparable.
 
     rows: dicts of run, task ("seg" or "depth"), severity and results {"clean" or a corruption: what eval.evaluate returned}.
     """
-    lines = []
+    lines, notes = [], []
     for task, metric, unit, digits in (("seg", "mIoU", "%], higher", 1), ("depth", "RMSE", "m], lower", 2)):
-        first = None
-        for row in (row for row in rows if row["task"] == task):
-            values = {name: result[metric]["full"] for name, result in row["results"].items()}
-            cells = [f"{v:.{digits}f}" + (f" ({v - first[name]:+.{digits}f})" if first else "") for name, v in values.items()]
-            if not first:
-                first = values
-                lines += ["", f"| {metric} [{unit} is better; severity {row['severity']} | " + " | ".join(values) + " |",
-                          "|---|" + "---:|" * len(values)]
+        of_task = [row for row in rows if row["task"] == task]
+        for row in of_task:
+            first, results = of_task[0], row["results"]
+            reason = "" if row is first else evaluation.not_comparable(results["clean"], first["results"]["clean"])
+            if row is first:
+                lines += ["", f"| {metric} [{unit} is better; severity {row['severity']} | " + " | ".join(results) + " |",
+                          "|---|" + "---:|" * len(results)]
+            if reason:
+                notes.append(f"{row['run']} is not compared with {first['run']}: {reason}.")
+            cells = [evaluation.cell(result, metric, "full", digits,
+                                     None if reason or row is first else first["results"][name]) for name, result in results.items()]
             lines.append(f"| {row['run']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines[1:])
+    return "\n".join([*lines[1:], *([""] if notes else []), *notes])
 
 
 def evaluate_images(args):
     """Evaluate the probes clean and under args.corruptions; print and write the table."""
     device = training.start(args)
+    args.probes = training.by_first_process(lambda: evaluation.probes_of(args.probes))
     tasks = [load_checkpoint(path, "probe")["task"] for path in args.probes]
     if wrong := [f"{path} of --task {task}" for path, task in zip(args.probes, tasks) if task not in ("seg", "depth")]:
         raise InputError(f"images is for probes of --task seg or depth, not {', '.join(wrong)}")
@@ -161,9 +165,8 @@ def evaluate_images(args):
             results[name] = evaluation.evaluate(path, device, args.data, args.workers, dataset=dataset)
         rows.append({"run": str(path), "task": task, "severity": args.severity, "seed": args.seed, "results": results})
     if training.rank() == 0:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.out}.md").write_text(table(rows) + "\n")
-        Path(f"{args.out}.json").write_text(json.dumps(rows, indent=1))
+        write_text(f"{args.out}.md", table(rows) + "\n")
+        write_json(f"{args.out}.json", rows)
         print(f"{table(rows)}\n\nwritten: {args.out}.md, {args.out}.json")
 
 
@@ -206,16 +209,15 @@ def draw(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if argv[:1] == ["lidar"] and "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m experiments.corruptions", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m experiments.corruptions")
     commands = parser.add_subparsers(dest="command", required=True)
     images = commands.add_parser("images", help="evaluate probes on corrupted images (Table 6)")
     add = images.add_argument
     add("probes", nargs="+", type=Path, help="folders that probe.py wrote, for seg or depth")
-    add("--corruptions", nargs="+", choices=IMAGES, default=list(IMAGES), help="(default: all)")
+    add("--corruptions", nargs="+", action=Distinct, choices=IMAGES, default=list(IMAGES), help="(default: all)")
     add("--data", help="nuScenes root (default: the probe's)")
     add("--out", default="runs/corruptions", help="the table goes to OUT.md and OUT.json (default: %(default)s)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
+    add("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     lidar = commands.add_parser("lidar", help="stage 2 on corrupted clouds (Table B)", epilog="Then --, stage2.py's arguments.")
     lidar.add_argument("corruption", choices=SCANS)
@@ -223,12 +225,12 @@ def main(argv=None):
     add = show.add_argument
     add("--data", required=True, help="nuScenes root")
     add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
-    add("--frame", type=int, default=0, help="its number in the index (default: %(default)s)")
+    add("--frame", type=whole(0), default=0, help="its number in the index (default: %(default)s)")
     add("--camera", default="CAM_FRONT", help="(default: %(default)s)")
-    add("--image-size", nargs=2, type=int, default=(224, 448), metavar=("H", "W"), help="(default: 224 448)")
+    add("--image-size", nargs=2, type=COUNT, default=(224, 448), metavar=("H", "W"), help="(default: 224 448)")
     add("--out", default="runs/corruptions.png", help="(default: %(default)s)")
     for command in (images, lidar, show):
-        command.add_argument("--seed", type=int, default=0, help="of the corruptions (default: %(default)s)")
+        command.add_argument("--seed", type=SEED, default=0, help="of the corruptions (default: %(default)s)")
         if command is not show:
             command.add_argument("--severity", type=int, choices=SEVERITIES, default=3, help="(default: %(default)s, our choice)")
     args = parser.parse_args(argv[:end])

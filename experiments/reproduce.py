@@ -7,8 +7,6 @@
 A claim compares two numbers of two runs on the embedded world, whose settings are demo.py's. Every command is printed before it runs,
 so that it can be run by hand; a finished one is not run again. Settings were chosen on the world of seed 0.
 """
-import argparse
-import json
 import os
 import shlex
 import statistics
@@ -18,8 +16,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from arguments import SEED, Distinct, Parser
 from demo import PROBES, STAGE1, STAGE2
 from errors import InputError, one_line_errors
+from eval import not_comparable
+from fingerprint import digest
+from run_folder import read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = {"mIoU": 0.5, "RMSE": 0.1}  # percent, metres: what a probe's own training can move (README, "The miniature")
@@ -141,25 +143,29 @@ CLAIMS = {claim.name: claim for claim in (
 # ---- runs ---------------------------------------------------------------------------------------------------------------
 
 class World:
-    """The runs on the world of one seed, each made once: done.json remembers the commands that have finished, and their seconds."""
+    """The runs on the world of one seed, each made once.
+
+    done.json remembers of each that has finished its command, its seconds and its recipe: a hash of the command and of the
+    recipes of the runs that it needs. A run whose recipe is another one now is made again.
+    """
 
     def __init__(self, folder, seed):
         self.folder, self.seed, self.note = Path(folder, f"seed-{seed}"), seed, Path(folder, f"seed-{seed}", "done.json")
-        self.done = json.loads(self.note.read_text()) if self.note.is_file() else {}
+        self.done = read_json(self.note) or {}
         self.used = set()
 
-    def make(self, name, command):
-        """Run a command unless it was run to its end before, as it is now. Returns its folder."""
+    def make(self, name, command, *needed):
+        """Run a command unless it was run to its end before, by the recipe that it has now. Returns its folder."""
         here = self.folder / name
-        if self.done.get(name, {}).get("command") != command:
+        recipe = digest([command.encode(), *(self.done[other]["recipe"].encode() for other in needed if other in self.done)])
+        if self.done.get(name, {}).get("recipe") != recipe:
             print(f"\n$ python {command}", flush=True)
             begin = time.time()
             code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
             if code:
                 sys.exit(code)
-            self.done[name] = {"command": command, "seconds": round(time.time() - begin, 1)}
-            self.note.parent.mkdir(parents=True, exist_ok=True)
-            self.note.write_text(json.dumps(self.done, indent=1))
+            self.done[name] = {"command": command, "recipe": recipe, "seconds": round(time.time() - begin, 1)}
+            write_json(self.note, self.done)
         self.used.add(name)
         return here
 
@@ -169,27 +175,45 @@ class World:
             return ENCODER
         command = COMMANDS[name]
         needed = {other: self.run(other) for other in COMMANDS if f"{{{other}}}" in command}
-        common = "" if name in ("world", "images") else self.common("world")
+        on = [] if name in ("world", "images") else ["world"]
+        common = self.common("world") if on else ""
         return self.make(name, command.format(here=self.folder / name, seed=self.seed, images_seed=self.seed + 100, common=common,
-                                              **needed))
+                                              **needed), *on, *needed)
 
     def common(self, data):
-        """Arguments of every training on a dataset, which is made first."""
-        return f"--data {self.run(data)} --seed {self.seed} --workers 0"
+        """Arguments of every training on a dataset, which is made first; a run by another recipe is set aside."""
+        return f"--data {self.run(data)} --seed {self.seed} --workers 0 --restart"
+
+    def values(self, claim):
+        """(better, worse) of a claim; what it needs is run first. Raises InputError where their results cannot be compared."""
+        pairs = zip(*((side,) if isinstance(side, Number) else side for side in (claim.better, claim.worse)))
+        for better, worse in pairs:
+            if reason := not_comparable(self.result(better), self.result(worse)):
+                raise InputError(f"claim {claim.name}: {better.run} and {worse.run} cannot be compared: {reason}")
+        return self.number(claim.better), self.number(claim.worse)
 
     def number(self, number):
-        """The value of a Number, or the difference of two; what it needs is run first."""
+        """The value of a Number, or the difference of two."""
         if not isinstance(number, Number):
             return self.number(number[0]) - self.number(number[1])
+        value = self.result(number)[number.metric][number.column]
+        if value is None:
+            raise InputError(f"{self.folder}: the world has no labels under {number.column}")
+        return value
+
+    def result(self, number):
+        """The result of an evaluation, as eval.py gives it; what it needs is run first."""
         name = f"{number.task.replace('%', '')}-{number.run}"
-        encoder, common = self.run(number.run), self.common("images" if number.task.startswith("nuimages") else "world")
-        probe = self.make(name, f"probe.py {common} --encoder {encoder} --out {self.folder / name} {TASKS[number.task]}")
-        if number.corruption == "clean":
-            self.make(f"{name}-table", f"eval.py {probe} --out {self.folder / name}-table --workers 0")
-            return json.loads((probe / "results.json").read_text())[number.metric][number.column]
-        self.make(f"{name}-corrupted", f"-m experiments.corruptions images {probe} {CORRUPTED} --out {self.folder / name}-corrupted --workers 0")
-        results = json.loads(Path(f"{self.folder / name}-corrupted.json").read_text())[0]["results"]
-        return results[number.corruption][number.metric][number.column]
+        data = "images" if number.task.startswith("nuimages") else "world"
+        encoder, common = self.run(number.run), self.common(data)
+        probe = self.make(name, f"probe.py {common} --encoder {encoder} --out {self.folder / name} {TASKS[number.task]}", data, number.run)
+        kind, script = ("table", "eval.py") if number.corruption == "clean" else ("corrupted", "-m experiments.corruptions images")
+        out = f"{self.folder / name}-{kind}"
+        self.make(f"{name}-{kind}", f"{script} {probe} {CORRUPTED if kind == 'corrupted' else ''} --out {out} --workers 0", name)
+        written = read_json(f"{out}.json")
+        if written is None:
+            raise InputError(f"{out}.json: cannot be read; remove {self.note}, and what has finished is not done again")
+        return written[0] if kind == "table" else written[0]["results"][number.corruption]
 
 
 # ---- verdicts -----------------------------------------------------------------------------------------------------------
@@ -218,10 +242,10 @@ def row(claim, values):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--claim", nargs="+", choices=CLAIMS, metavar="NAME", default=list(CLAIMS), help="(default: all; --list shows them)")
-    add("--seeds", type=int, nargs="+", default=[1], help="worlds and trainings (default: 1)")
+    add("--claim", nargs="+", action=Distinct, choices=CLAIMS, metavar="NAME", default=list(CLAIMS), help="(default: all; --list shows them)")
+    add("--seeds", type=SEED, nargs="+", action=Distinct, default=[1], help="worlds and trainings (default: 1)")
     add("--runs", default="runs/miniature", help="folder of the runs (default: %(default)s)")
     add("--out", help="file of the table (default: results/miniature.md for all claims, else nothing is written)")
     add("--list", action="store_true", help="print the claims and stop")
@@ -230,14 +254,12 @@ def main(argv=None):
         for claim in CLAIMS.values():
             print(f"{claim.name:20} Table {claim.table:2} {claim.sentence}")
         return
-    if len(set(args.seeds)) < len(args.seeds):
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: one of them twice")
     os.chdir(ROOT)
     worlds = [World(args.runs, seed) for seed in args.seeds]
     lines = ["| claim | table | in words | metric | paper | here | difference | verdict |", "|---|---|---|---|---:|---:|---:|---|"]
     for name in args.claim:
         claim = CLAIMS[name]
-        lines.append(row(claim, [(world.number(claim.better), world.number(claim.worse)) for world in worlds]))
+        lines.append(row(claim, [world.values(claim) for world in worlds]))
         print(f"\n{lines[-1]}", flush=True)
     seeds = " ".join(map(str, args.seeds))
     chosen = "" if args.claim == list(CLAIMS) else f" --claim {' '.join(args.claim)}"
@@ -251,8 +273,7 @@ def main(argv=None):
     print(f"\n{text}")
     out = args.out or ("results/miniature.md" if args.claim == list(CLAIMS) else None)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text)
+        write_text(out, text)
         print(f"written: {out}")
 
 

@@ -9,7 +9,6 @@
 
 CD is the collaborative-distillation paper. All are of the validation split; the same arguments give the same picture.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ from matplotlib.figure import Figure  # without pyplot: no window, no list of op
 from sklearn import manifold, metrics
 
 import training
+from arguments import COUNT, SEED, Distinct, Parser, real, whole
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import sample_features
 from errors import InputError, one_line_errors
-from eval import NOT_AT_NIGHT, confusion_matrix, depth_sums, load_probe, mean_iou, rmse
+from eval import NOT_AT_NIGHT, confusion_matrix, data_of, depth_sums, load_probe, mean_iou, rmse
 from index import CLASSES, CONDITIONS, load_index
 from models import ENCODERS, IMAGE_SIZE, load_image_encoder
 from waffleiron import load_waffleiron
@@ -112,7 +112,7 @@ def figure_tsne(features, titles, seed=0):
     for axis, parts, title in zip(axes[0], features, titles):
         rows = F.normalize(torch.cat(list(parts.values())).double(), dim=1).numpy()
         names = np.repeat(list(parts), [len(part) for part in parts.values()])
-        places = manifold.TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=seed).fit_transform(rows)  # [N, 2]
+        places = manifold.TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=seed % 2**32).fit_transform(rows)  # [N, 2]
         for name, (color, marker) in MARKERS.items():
             axis.scatter(*places[names == name].T, s=18, c=color, marker=marker, linewidths=0.3, edgecolors="white",
                          label=f"{name}, {len(parts[name])} images")
@@ -239,7 +239,7 @@ def figure_similarity(columns):
 # ---- command line ---------------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     images, probes, scans = ("pca", "tsne"), ("segmentation", "depth"), ("correlation", "prototypes")
     parsers = {name: figures.add_parser(name) for name in images + probes + scans}
@@ -247,30 +247,30 @@ def parse(argv=None):
     def add(names, flag, **options):
         for name in names:
             parsers[name].add_argument(flag, **options)
-    add(images, "--encoders", nargs="+", required=True, help="names of encoders, or folders of stage 2")
+    add(images, "--encoders", nargs="+", action=Distinct, required=True, help="names of encoders, or folders of stage 2")
     add(images, "--weights", help="file with the weights of those given by name, or 'random' (default: the released ones)")
-    add(probes, "probes", nargs="+", help="folders that probe.py wrote")
+    add(probes, "probes", nargs="+", action=Distinct, help="folders that probe.py wrote")
     add(scans, "--encoder", required=True, help="stage 1's folder, or ScaLR's model.pth")
     add(images + scans, "--data", required=True, help="nuScenes root")
     add(images + scans, "--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
     add(probes, "--data", help="nuScenes root (default: the first probe's)")
     add(probes, "--version", help="version folder of the root (default: the first probe's)")
     add(parsers, "--out", help="(default: FIGURE.png)")
-    add(parsers, "--seed", type=int, default=0, help="of what is drawn at random (default: %(default)s)")
+    add(parsers, "--seed", type=SEED, default=0, help="of what is drawn at random (default: %(default)s)")
     add(parsers, "--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add(images + probes, "--titles", nargs="+", help="of the encoders' or probes' columns (default: the ends of their paths)")
-    add(("pca", *probes), "--frames", type=int, default=1, help="images of each condition (default: %(default)s)")
-    add(["tsne"], "--images", type=int, default=100, help="random ones of each condition (default: %(default)s, C.2)")
+    add(("pca", *probes), "--frames", type=COUNT, default=1, help="images of each condition (default: %(default)s)")
+    add(["tsne"], "--images", type=whole(2), default=100, help="random ones of each condition (default: %(default)s, C.2)")
     for name, layer in (("correlation", "head"), ("prototypes", "backbone")):
         add([name], "--layer", choices=("backbone", "head"), default=layer,
             help="features of the backbone (ScaLR), or after the head that the loss is on (default: %(default)s)")
-    add(["correlation"], "--scans", type=int, default=3, help="random ones (default: %(default)s)")
-    add(scans, "--radius", type=float, default=40, help="half side of the square that is drawn, in metres (default: %(default)s)")
+    add(["correlation"], "--scans", type=COUNT, default=3, help="random ones (default: %(default)s)")
+    add(scans, "--radius", type=real(1), default=40, help="half side of the square that is drawn, in metres (default: %(default)s)")
     add(["correlation"], "--class", dest="classes", nargs=1, choices=CLASSES[1:], default=["car"], help="of the point (car)")
-    add(["correlation"], "--point", type=float, nargs=3, metavar=tuple("XYZ"), help="take the nearest one [m]; needs no labels")
-    add(["prototypes"], "--classes", nargs="+", choices=CLASSES[1:], metavar="CLASS", help="up to 6 (default: %(default)s)",
+    add(["correlation"], "--point", type=real(), nargs=3, metavar=tuple("XYZ"), help="take the nearest one [m]; needs no labels")
+    add(["prototypes"], "--classes", nargs="+", action=Distinct, choices=CLASSES[1:], metavar="CLASS", help="up to 6 (default: %(default)s)",
         default=("car", "pedestrian", "driveable_surface", "sidewalk"))
-    add(["prototypes"], "--training-scans", type=int, default=20, help="averaged (default: %(default)s); 0: the one shown (ScaLR)")
+    add(["prototypes"], "--training-scans", type=whole(0), default=20, help="averaged (default: %(default)s); 0: the one shown (ScaLR)")
     return parser.parse_args(argv)
 
 
@@ -291,7 +291,7 @@ def draw_images(args, device):
         sizes = {tuple(encoder.spec["image_size"]) for encoder in encoders if "image_size" in encoder.spec} or {IMAGE_SIZE}
     if len(sizes) > 1:
         raise InputError(f"{', '.join(paths)}: trained on different image sizes, {' and '.join(map(str, sorted(sizes)))}")
-    size, index = sizes.pop(), load_index(args.data or probes[0][0]["data"], args.version or probes[0][0]["args"]["version"])
+    size, index = sizes.pop(), load_index(args.data or data_of(probes[0][0], paths[0]), args.version or probes[0][0]["args"]["version"])
     if of_probes:
         items = views(index, size, args.frames, labels=task == "seg", max_depth=DEPTHS[1] if task == "depth" else None)
         return figure_probes(task, items, [probe[1:] for probe in probes], titles)
@@ -335,9 +335,6 @@ def draw_scans(args, device):
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
-    for name, least in (("frames", 1), ("images", 2), ("scans", 1), ("radius", 1), ("training_scans", 0)):
-        if getattr(args, name, least) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     device, out = training.start(args), Path(args.out or f"{args.figure}.png")
     with rc_context(STYLE):
         figure = (draw_scans if "layer" in args else draw_images)(args, device)

@@ -5,7 +5,6 @@
 Columns: the image, the projected LiDAR points by class, PCA colours of the features before and after (one PCA for all of
 them), the segmentation probe's predictions before and after.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,10 +18,11 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from arguments import Parser, whole
 from data import Frames
 from index import CLASSES, CONDITIONS, load_index
 from errors import one_line_errors
-from eval import load_probe
+from eval import data_of, load_probe
 
 COLORS = dict(zip(CLASSES, np.array([  # RGB by class; distinct hues for classes that touch
     (0, 0, 0), (112, 128, 144), (220, 20, 60), (0, 170, 200), (255, 158, 0), (233, 150, 70), (255, 61, 99), (0, 0, 230),
@@ -53,7 +53,7 @@ def draw(before, after, out, number=0):
     """Write the picture of two segmentation probes (folders) for the val scene `number` of each condition."""
     probes = [load_probe(path, torch.device("cpu")) for path in (before, after)]
     args, size = probes[0][0]["args"], tuple(probes[0][0]["image_size"])
-    index = load_index(args["data"], args["version"])
+    index = load_index(data_of(probes[0][0], before), args["version"])
     conditions = [c for c in CONDITIONS if ((index.split == b"val") & (index.condition == CONDITIONS.index(c))).any()]
     items = []
     for condition in conditions:
@@ -91,11 +91,11 @@ def draw(before, after, out, number=0):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("before", help="folder of the segmentation probe on the encoder as it was")
     parser.add_argument("after", help="folder of the segmentation probe on the encoder after stage 2")
     parser.add_argument("--out", default="overview.png", help="(default: %(default)s)")
-    parser.add_argument("--number", type=int, default=0, help="which validation frame of each condition (default: %(default)s)")
+    parser.add_argument("--number", type=whole(0), default=0, help="which validation frame of each condition (default: %(default)s)")
     args = parser.parse_args(argv)
     draw(args.before, args.after, args.out, args.number)
 

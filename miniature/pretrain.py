@@ -7,7 +7,6 @@ What DINOv2 is for the paper, a network that has seen clear days only, this one 
 tokens' mean and standard deviation go into the last LayerNorm's affine: the tokens of a masked autoencoder share one large
 mean, and the cosine distance would see little else. --out is read by every --encoder flag.
 """
-import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
+from arguments import COUNT, POSITIVE, SEED, Parser, real
 from data import read_image
 from errors import InputError, one_line_errors
 from index import load_index
@@ -91,27 +91,28 @@ def standardise(vit, images):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="data/pretrain", help="miniature world; its day-clear training frames are used (default: %(default)s)")
     add("--out", default="miniature/encoder.pth", help="checkpoint to write (default: %(default)s)")
     add("--name", default="vit_mini8", choices=[n for n, row in ENCODERS.items() if row.source == "built-in"])
-    add("--image-size", type=int, nargs=2, default=[80, 160], metavar=("H", "W"), help="(default: 80 160)")
-    add("--epochs", type=int, default=30, help="(default: %(default)s)")
-    add("--batch", type=int, default=32, help="images in a batch (default: %(default)s)")
-    add("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW, weight decay 0.05 (default: %(default)s)")
-    add("--masked", type=float, default=0.7, help="part of the patches that is hidden (default: %(default)s)")
-    add("--raw", type=float, default=0.3, help="part of the raw patch in the target, the rest is normalised (default: %(default)s)")
-    add("--decorrelate", type=float, default=0.1, help="weight of the features' correlations in the loss (default: %(default)s)")
-    add("--jitter", type=float, default=0.2, help="range of brightness and contrast factors around 1 (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--image-size", type=COUNT, nargs=2, default=[80, 160], metavar=("H", "W"), help="(default: 80 160)")
+    add("--epochs", type=COUNT, default=30, help="(default: %(default)s)")
+    add("--batch", type=COUNT, default=32, help="images in a batch (default: %(default)s)")
+    add("--lr", type=POSITIVE, default=1.5e-3, help="peak learning rate of AdamW, weight decay 0.05 (default: %(default)s)")
+    add("--masked", type=real(above=0, below=1), default=0.7, help="part of the patches that is hidden (default: %(default)s)")
+    add("--raw", type=real(0, 1), default=0.3, help="part of the raw patch in the target, the rest is normalised (default: %(default)s)")
+    add("--decorrelate", type=real(0), default=0.1, help="weight of the features' correlations in the loss (default: %(default)s)")
+    add("--jitter", type=real(0, below=1), default=0.2, help="range of brightness and contrast factors around 1 (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     begin = time.time()
 
     # ---- data: all images in memory ----
-    index = load_index(args.data)
-    paths = [Path(index.root, name.decode()) for name in index.image[index.select("train", ["day-clear"])].flatten()]
+    index = load_index(args.data, look=False)
+    rows = index.select("train", ["day-clear"])
+    paths = [Path(index.root, name.decode()) for name in index.image[rows].flatten()]
     with ThreadPoolExecutor(2) as pool:
         images = torch.stack(list(pool.map(lambda p: torch.from_numpy(read_image(p, args.image_size)), paths)))
 
@@ -149,8 +150,8 @@ def main(argv=None):
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
     standardise(vit, ((images[:1000].float() / 255) - encoder.mean) / encoder.std)
-    save(args.out, {"kind": "image_encoder", "encoder": encoder.spec, "model": vit.state_dict(), "step": total,
-                             "args": vars(args)})
+    save(args.out, {"kind": "image_encoder", "encoder": encoder.spec, "model": vit.state_dict(), "step": total, "total": total,
+                    "made_from": {"frames": index.fingerprint(rows)}, "args": vars(args)})
     print(f"{args.out}: {len(images)} images, {total} steps, last loss {loss.item():.3f}, {time.time() - begin:.0f} s")
 
 

@@ -12,7 +12,6 @@ day-rain and night pictures of a street differ in appearance (light, colour, con
 Everything in a scene is a function of the seed, its split, its number and its condition, so the same arguments give
 the same bytes. The three scenes of a validation layout share street and poses.
 """
-import argparse
 import base64
 import hashlib
 import json
@@ -31,6 +30,7 @@ from pyquaternion import Quaternion
 from scipy.ndimage import label as connected_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the repository's root
+from arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
 from errors import InputError, one_line_errors  # noqa: E402
 from miniature.optics import draw_weather, lidar_rig, render, scan  # noqa: E402
 from miniature.street import BARRIER, BUS, CAR, CATEGORIES, LANE, PEDESTRIAN, ROAD, TRUCK, Street  # noqa: E402
@@ -266,7 +266,10 @@ def make_world(out, seed=1, train=(400, 150, 150), val=40, frames=2, image_size=
         raise InputError("--train and --val ask for no scene at all")
     done, begun = out / "world.json", out / "world.unfinished.json"
     if done.exists():
-        there = json.loads(done.read_text())
+        try:
+            there = json.loads(done.read_text())
+        except ValueError:
+            raise InputError(f"{done}: damaged; remove the folder {out}, or give another --out") from None
         if there != options:
             differ = ", ".join(f"{key} {there.get(key)} there, {options.get(key)} now" for key in options | there
                                if there.get(key) != options.get(key))
@@ -334,25 +337,25 @@ class SerialPool:
 
 @one_line_errors
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", required=True, help="folder of the dataset; opens as nuScenes v1.0-trainval, or as nuImages")
     parser.add_argument("--dataset", choices=("nuscenes", "nuimages"), default="nuscenes",
                         help="nuimages: v1.0-train and v1.0-val, pictures with masks of objects and road (default: nuscenes)")
-    parser.add_argument("--seed", type=int, default=1, help="another seed is another world (default 1)")
-    parser.add_argument("--train", type=int, nargs=3, default=(400, 150, 150), metavar=("DAY", "RAIN", "NIGHT"),
+    parser.add_argument("--seed", type=SEED, default=1, help="another seed is another world (default 1)")
+    parser.add_argument("--train", type=whole(0), nargs=3, default=(400, 150, 150), metavar=("DAY", "RAIN", "NIGHT"),
                         help="training scenes per condition, at most 700 in all (default 400 150 150)")
-    parser.add_argument("--val", type=int, default=40,
+    parser.add_argument("--val", type=whole(0), default=40,
                         help="validation layouts, each in all three conditions; at most 50 (default 40)")
-    parser.add_argument("--frames", type=int, default=2, help="keyframes per scene, 8 to 20 m apart (default 2)")
-    parser.add_argument("--image-size", type=int, nargs=2, default=(80, 160), metavar=("H", "W"),
+    parser.add_argument("--frames", type=COUNT, default=2, help="keyframes per scene, 8 to 20 m apart (default 2)")
+    parser.add_argument("--image-size", type=COUNT, nargs=2, default=(80, 160), metavar=("H", "W"),
                         help="pixels; the horizontal field of view is 90 degrees (default 80 160)")
-    parser.add_argument("--beams", type=int, default=32, help="LiDAR beams from -30.67 to 10.67 degrees (default 32)")
-    parser.add_argument("--azimuths", type=int, default=180, help="LiDAR steps over its field of view (default 180)")
-    parser.add_argument("--lidar-fov", type=float, default=100.,
+    parser.add_argument("--beams", type=whole(2), default=32, help="LiDAR beams from -30.67 to 10.67 degrees (default 32)")
+    parser.add_argument("--azimuths", type=whole(2), default=180, help="LiDAR steps over its field of view (default 180)")
+    parser.add_argument("--lidar-fov", type=real(most=360, above=0), default=100.,
                         help="LiDAR's field of view around the front, degrees (default 100)")
-    parser.add_argument("--cameras", type=int, default=1,
+    parser.add_argument("--cameras", type=whole(1, 6), default=1,
                         help="1 to 6, in this order: " + ", ".join(CAMERAS) + " (default 1)")
-    parser.add_argument("--workers", type=int, help="processes; the result does not depend on it (default: one per core)")
+    parser.add_argument("--workers", type=WORKERS, help="processes; the result does not depend on it (default: one per core)")
     make_world(**vars(parser.parse_args()))
 
 

@@ -336,7 +336,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, labels, head1, joint, tmp_
     def error(*argv, **options):
         return fails_with_one_line(capsys, ablations.main, command(argv[0], world, tmp_path / "out", *argv[1:], **options))
 
-    assert "--temperature 0.0: must be above 0" in error("joint", "--temperature", "0")
+    assert "--temperature 0: must be above 0" in error("joint", "--temperature", "0")
     assert "--pairs 1: must be at least 2" in error("joint", "--pairs", "1")
     assert "--steps 0" in error("no-stage1", "--steps", "0")
     assert "--batch 99" in error("2d-head", "--batch", "99")

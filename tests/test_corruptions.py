@@ -306,7 +306,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, probes, tmp_path, c
         return fails_with_one_line(capsys, corruptions.main, list(map(str, argv)))
     probe.main(probe_args(world, "seg3d", first, tmp_path / "3d", "--steps", "1"))
     assert "3d of --task seg3d" in error("images", probes / "seg", tmp_path / "3d", "--device", "cpu")
-    assert "no such file" in error("images", tmp_path / "none", "--device", "cpu")
+    assert "no last.pth there" in error("images", tmp_path / "none", "--device", "cpu")
     assert "probe is needed" in error("images", first, "--device", "cpu")
     assert "after --" in error("lidar", "gaussian_noise")
     assert "not a nuScenes root" in error("lidar", "gaussian_noise", "--", *stage2_args(tmp_path, first, tmp_path / "out"))

@@ -88,7 +88,8 @@ def test_clip_has_openai_s_names_and_shapes_and_the_json_says_what_it_is(stage2,
     assert about == {
         "encoder": "clip_vitb16", "source": "openai/CLIP", "license": "MIT", "format": "plain", "image_size": [32, 48],
         "feature": "prenorm", "patch_size": 16, "width": 768, "mean": [0.48145466, 0.4578275, 0.40821073],
-        "std": [0.26862954, 0.26130258, 0.27577711], "sha256": {"encoder.pth": digest}, "step": 2,
+        "std": [0.26862954, 0.26130258, 0.27577711], "sha256": {"encoder.pth": digest}, "step": 2, "total": None,
+        "fingerprint": load_image_encoder(str(folder)).fingerprint(), "made_from": None,
         "args": {"lr": 2e-5, "data": "x"}}
     block = {"ln_1.weight": (768,), "ln_1.bias": (768,), "attn.in_proj_weight": (2304, 768), "attn.in_proj_bias": (2304,),
              "attn.out_proj.weight": (768, 768), "attn.out_proj.bias": (768,), "ln_2.weight": (768,), "ln_2.bias": (768,),

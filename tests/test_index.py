@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 import index
+from data import Frames
 from errors import InputError
 
 
@@ -18,16 +20,16 @@ def test_index_of_the_world(world):
         found.select("test")
 
 
-def test_one_percent_are_every_hundredth_training_scene():
+def test_one_percent_are_the_100th_200th_and_so_on_scene_of_the_table():
     from nuscenes.utils.splits import create_splits_scenes
-    train = create_splits_scenes()["train"]
-    scenes = np.array([name for name in reversed(train) for _ in range(3)] + ["scene-0003"], np.bytes_)
+    train = create_splits_scenes()["train"][::-1]  # the order of the table need not be that of the names
+    scenes = np.array([name for name in train for _ in range(3)] + ["scene-0003"], np.bytes_)
     frames = {field.name: None for field in dataclasses.fields(index.Index)} | {
         "scene": scenes, "split": np.array([b"train"] * 2100 + [b"val"]), "condition": np.arange(2101) % 3,
         "bad": np.zeros(2101, "S1")}
     found = index.Index(**frames)
     rows = found.select("train", percent=1)
-    assert len(rows) == 21 and sorted(set(scenes[rows].astype(str))) == sorted(train)[::100]
+    assert len(rows) == 21 and list(dict.fromkeys(scenes[rows].astype(str))) == train[99::100]
     assert len(found.select("train", percent=10)) == 210 and len(found.select("train")) == 2100
     assert len(found.select("train", ["night"], percent=1)) == 7  # the same scenes, some of their frames
 
@@ -36,6 +38,81 @@ def test_condition_of_description():
     names = [index.CONDITIONS[index.condition_of(text)] for text in
              ("Night, after rain, many cars", "Rain, parked truck", "Heavy RAINfall", "Turn left", "Difficult lighting")]
     assert names == ["night", "day-rain", "day-rain", "day-clear", "day-clear"]
+
+
+OTHERWISE = {"Wait for train, peds": "day-rain", "Hilly terrain": "day-rain", "Drain, truck": "day-rain", "Knight Street": "night"}
+
+
+def test_only_words_that_begin_with_rain_or_night_count():
+    found = {text: index.CONDITIONS[index.condition_of(text)] for text in
+             (*OTHERWISE, "Rainy day", "after rain, bus", "Nighttime", "(night)", "day_rain", "heavy-rain", "été Rain", "")}
+    assert [found[text] for text in OTHERWISE] == ["day-clear"] * 4
+    assert list(found.values())[4:] == ["day-rain", "day-rain", "night", "night", "day-rain", "day-rain", "day-rain", "day-clear"]
+
+
+def test_the_index_prints_scenes_whose_condition_the_published_rule_reads_otherwise(tmp_path, world, monkeypatch, capsys):
+    root = shutil.copytree(world, tmp_path / "copy")
+    table = root / "v1.0-trainval/scene.json"
+    scenes = json.loads(table.read_text())
+    for scene, text in zip(scenes, [*OTHERWISE, "Rain, 学校"]):
+        scene["description"] = text
+    table.write_text(json.dumps(scenes))
+    monkeypatch.setattr("sys.argv", ["index.py", "--data", str(root)])
+    index.main()
+    printed = capsys.readouterr().out
+    for scene, (text, published) in zip(scenes, OTHERWISE.items()):
+        assert f'  {scene["name"]}, "{text}": day-clear here, {published} by md4all\'s rule' in printed
+    assert printed.count("md4all") == 4 and "md4all" not in index.load_index(world).summary()
+    rows = [row for row, name in enumerate(index.load_index(root).scene) if name == scenes[4]["name"].encode()]
+    assert (index.load_index(root).condition[rows] == index.CONDITIONS.index("day-rain")).all()
+
+
+def test_names_in_any_language(tmp_path, world):
+    root = shutil.copytree(world, tmp_path / "Straße")
+    (root / "samples/CAM_FRONT").rename(root / "samples/前相机")
+    table = root / "v1.0-trainval/sample_data.json"
+    table.write_text(table.read_text().replace("CAM_FRONT/", "前相机/"), "utf-8")
+    scenes = root / "v1.0-trainval/scene.json"
+    scenes.write_text(scenes.read_text().replace("scene-0001", "площадь"), "utf-8")
+    found = index.load_index(root, here=True)
+    assert found.image[0, 0].decode().startswith("samples/前相机/") and "площадь" in np.char.decode(found.scene)
+    frames = Frames(found, found.select("train"), image_size=(80, 160))
+    assert frames[0, 0]["image"].shape == (3, 80, 160) and "前相机" in frames.name((0, 0))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("maps", "1 of 1 files that the tables name are missing, the first is maps/blank.png; .* extract all of it, maps/ too$"),
+    ("labels", "1 of 14 files .*lidarseg/v1.0-trainval/.*; extract nuScenes-lidarseg into this folder, all of it$"),
+    ("labels of others", "15 files in lidarseg/v1.0-trainval, but lidarseg.json names 14; remove those"),
+    ("a table", r"nuscenes-devkit cannot read v1.0-trainval \(.*\); extract its tables again$")])
+def test_what_lies_beside_the_tables_is_not_blamed_on_them(tmp_path, world, kind, message):
+    root = shutil.copytree(world, tmp_path / "copy")
+    label = next((root / "lidarseg/v1.0-trainval").iterdir())
+    if kind == "maps":
+        shutil.rmtree(root / "maps")
+    elif kind == "labels":
+        label.unlink()
+    elif kind == "labels of others":
+        label.with_name("other_lidarseg.bin").write_bytes(b"")
+    else:
+        (root / "v1.0-trainval/sample.json").write_text("[{}]")
+    with pytest.raises(InputError, match=message):
+        index.load_index(root, here=True)
+
+
+def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(tmp_path, world, monkeypatch, capsys):
+    root = shutil.copytree(world, tmp_path / "copy")
+    index.load_index(root, here=True)  # the cache is warm
+    image, scan = next((root / "samples/CAM_FRONT").iterdir()), next((root / "samples/LIDAR_TOP").iterdir())
+    monkeypatch.setattr("sys.argv", ["index.py", "--data", str(root)])
+    scan.write_bytes(scan.read_bytes()[:1001])
+    index.main()
+    assert f"bad: {scan.relative_to(root)} has 1001 bytes, not 20 a point" in capsys.readouterr().out
+    image.unlink()
+    with pytest.raises(SystemExit):
+        index.main()
+    assert f"the first is {image.relative_to(root)}" in capsys.readouterr().err
+    assert (index.load_index(root, look=False).bad == b"").all()
 
 
 def test_second_start_reads_the_cache_alone(world, monkeypatch):

@@ -10,6 +10,7 @@ from conftest import ROOT
 from errors import InputError
 from models import ENCODERS, ImageEncoder, Whitening, linear_head, load_image_encoder
 from releases import Upstream, released_file, released_state, write_hub
+from vit import interpolate_positions
 
 
 @pytest.fixture
@@ -170,11 +171,76 @@ def test_what_a_hub_or_an_installation_lacks_is_one_line(monkeypatch, tmp_path):
     lambda state: {"teacher": {"backbone." + k.replace("blocks.1.", "blocks.3.1.").replace("blocks.0.", "blocks.0.0."): v
                                for k, v in state.items()}},
     lambda state: state | {"head.weight": torch.ones(2, 2)},
-], ids=["DataParallel", "student", "teacher before student", "names of both", "blocks in chunks", "a head"])
+    lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    lambda state: {"teacher": {"backbone._fsdp_wrapped_module." + k.replace("blocks.", "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module."): v
+                               for k, v in state.items()}},
+], ids=["DataParallel", "student", "teacher before student", "names of both", "blocks in chunks", "a head", "compiled",
+        "compiled and DDP", "FSDP and checkpointed"])
 def test_wrapped_weights_are_recognised(small, tmp_path, wrap):
     torch.save(wrap(small), tmp_path / "weights.pth")
     found = load_image_encoder("dinov2_vits14", weights=str(tmp_path / "weights.pth")).backbone.state_dict()
     assert all(torch.equal(found[key], value) for key, value in small.items())
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (74, 74), (8, 4)])
+def test_positions_of_another_grid_are_interpolated_once_and_said(small, tmp_path, capsys, grid):
+    """DINOv2 trains at 224 pixels, on 16 x 16 patches; what is neither square nor of the release's shape is refused."""
+    count = grid[0] * grid[1]
+    other = small | {"pos_embed": torch.randn(1, 1 + count, 384)}
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in other.items()}}, tmp_path / "w.pth")
+    if grid == (8, 4):
+        with pytest.raises(InputError, match=r"pos_embed has shape \(1, 33, 384\) instead of \(1, 1370, 384\)"):
+            load_image_encoder("dinov2_vits14", weights=str(tmp_path / "w.pth"))
+        return
+    encoder = load_image_encoder("dinov2_vits14", weights=str(tmp_path / "w.pth"))
+    assert f"w.pth: positions of {grid[0]} x {grid[1]} patches, interpolated once to 37 x 37" in capsys.readouterr().out
+    torch.testing.assert_close(encoder.backbone.pos_embed.data, interpolate_positions(other["pos_embed"], grid, 37, 37, False),
+                               atol=1e-4, rtol=0)
+    assert torch.equal(encoder.backbone.cls_token, small["cls_token"])
+
+
+def test_weights_that_are_no_numbers_or_twice_are_refused(small, tmp_path):
+    path = str(tmp_path / "w.pth")
+    for change, message in (({"norm.weight": small["norm.weight"].clone().fill_(torch.nan)}, "norm.weight holds numbers that are not finite"),
+                            ({"norm.bias": torch.ones(384, dtype=torch.int8)}, "norm.bias is of type torch.int8, no weights"),
+                            ({"module.norm.bias": small["norm.bias"] + 1}, "holds some weights twice, wrapped and not")):
+        torch.save(small | change, path)
+        with pytest.raises(InputError, match=f"w.pth: .*{message}"):
+            load_image_encoder("dinov2_vits14", weights=path)
+
+
+def test_the_library_s_door_is_as_careful_as_the_scripts():
+    encoder = load_image_encoder("vit_mini8", "random")
+    good = torch.rand(1, 3, 80, 160)
+    assert encoder(good).shape == (1, 96, 10, 20) and encoder(good[:0]).shape == (0, 96, 10, 20)
+    for images, message in (
+            ((255 * good).byte(), "images of type uint8 and shape .*: are to be in .0, 1., not bytes; divide them by 255"),
+            (255 * good, "hold values from .* to 25.* and are to be in .0, 1."), (good - 0.5, "hold values from -0.5"),
+            (good * torch.nan, "hold values from nan"), (good[:, :, :79], "images 79 160: vit_mini8 has patches of 8 pixels"),
+            (good[0], r"are to be \[B, 3, H, W\]"), (good[:, :1], r"are to be \[B, 3, H, W\]"),
+            (good.permute(0, 2, 3, 1), r"are to be \[B, 3, H, W\]"), (good.half(), "the encoder's weights are float32; convert one"),
+            (good.numpy(), "are a ndarray, not a tensor"), (good.double(), "the encoder's weights are float32"), (good.to("meta"), "are on meta, the encoder is on cpu; move one")):
+        with pytest.raises(InputError, match=message):
+            encoder(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(good.bfloat16())
+    loop = load_image_encoder("vit_mini8", "random", careful=False)  # as the scripts load it: nothing is looked at
+    assert torch.equal(loop(good), encoder(good)) and loop(255 * good).isfinite().all()
+
+
+def test_the_scripts_loops_do_without_the_checks(world, first, tmp_path, monkeypatch):
+    """Each script's encoder is one that checks nothing; its images are made from bytes."""
+    import eval as evaluation
+    import probe
+    import stage1
+    import stage2
+    from test_scripts import probe_args, stage1_args, stage2_args
+    monkeypatch.setattr(ImageEncoder, "check_images", lambda *_: pytest.fail("a pass over the images"))
+    stage1.main(stage1_args(world, tmp_path / "s1", "--steps", "1"))
+    stage2.main(stage2_args(world, first, tmp_path / "s2", "--steps", "1"))
+    probe.main(probe_args(world, "seg", tmp_path / "s2", tmp_path / "p", "--steps", "1"))
+    evaluation.main([str(tmp_path / "p"), "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "table")])
 
 
 def test_after_unwrapping_the_load_is_strict(small, tmp_path):

@@ -96,6 +96,26 @@ def test_percent_and_limit(drawn):
         found.select("test")
 
 
+def test_images_and_masks_are_known_by_what_they_are(drawn, tmp_path):
+    found = load_nuimages(drawn, here=True)
+    before, files = found.fingerprint([0, 1]), found.files([0, 1])
+    assert before["images"] == 2 and before == load_nuimages(drawn, here=True).fingerprint([0, 1]) != found.fingerprint([1, 0])
+    table = drawn / "v1.0-train/object_ann.json"
+    marks = json.loads(table.read_text())
+    marks[2]["mask"] = rectangle(60, 30, 91, 60)
+    table.write_text(json.dumps(marks))
+    (drawn / "samples/CAM_FRONT").rename(drawn / "samples/カメラ")
+    for path in drawn.glob("v1.0-*/sample_data.json"):
+        path.write_text(path.read_text().replace("CAM_FRONT", "カメラ"), "utf-8")
+    mended = load_nuimages(drawn, here=True)
+    assert mended.fingerprint([0]) != found.fingerprint([0]) and mended.fingerprint([0, 1]) != before and mended.files([0, 1]) == files
+    assert LabelledImages(mended, [0], "all", (30, 40))[0, 0]["image"].shape == (3, 30, 40)
+    (drawn / "samples/カメラ/a.jpg").unlink()
+    with pytest.raises(InputError, match="the first is samples/カメラ/a.jpg"):
+        load_nuimages(drawn, here=True)
+    assert len(load_nuimages(drawn, here=True, look=False).image) == 3
+
+
 def test_classes_are_the_ten_of_detection_and_the_road():
     assert len(CLASSES) == 12 and CLASSES[0] == "ignore" and CLASSES[-1] == "driveable_surface"
 

@@ -7,6 +7,7 @@ import pytest
 import probe
 import stage1
 import stage2
+from errors import InputError
 from experiments import reproduce
 from experiments.reproduce import CLAIMS, COMMANDS, TASKS, Claim, Number, World
 
@@ -39,9 +40,9 @@ def dry(tmp_path, monkeypatch):
         here = Path(arguments[arguments.index("--out") + 1])
         columns = {column: float(len(commands)) for column in ("full", "day-clear", "day-rain", "night")}
         result = {"mIoU": columns, "RMSE": columns}
+        here.parent.mkdir(parents=True, exist_ok=True)
         if arguments[1] == "eval.py":
-            Path(arguments[2]).mkdir(parents=True, exist_ok=True)
-            Path(arguments[2], "results.json").write_text(json.dumps(result))
+            Path(f"{here}.json").write_text(json.dumps([result]))
         if "experiments.corruptions" in arguments and "images" in arguments:
             Path(f"{here}.json").write_text(json.dumps([{"results": dict.fromkeys(("clean", "fog", "gaussian_noise", "motion_blur"), result)}]))
         return type("Done", (), {"returncode": 0})
@@ -83,6 +84,28 @@ def test_a_finished_command_is_run_again_only_if_it_changed(dry):
     assert len(commands) == 1
     again.make("x", "probe.py --out a --steps 2")
     assert len(commands) == 2
+
+
+def test_what_needs_a_run_that_changed_is_run_again_too(dry, monkeypatch):
+    world, commands = dry
+    world.run("cd")
+    first = [command[0] for command in commands]
+    monkeypatch.setitem(COMMANDS, "stage1", COMMANDS["stage1"] + " --epochs 2")
+    again = World(world.folder.parent, 5)
+    again.run("cd")
+    assert first == ["miniature/world.py", "stage1.py", "stage2.py"]
+    assert [command[0] for command in commands[3:]] == ["stage1.py", "stage2.py"]
+    again.note.write_text(again.note.read_text()[:40])  # cut short: what has finished is not known any more
+    World(world.folder.parent, 5).run("cd")
+    assert len(commands) == 8
+
+
+def test_numbers_of_other_frames_or_protocols_are_no_claim(dry, monkeypatch):
+    world, _ = dry
+    results = iter([{"made_from": {"frames": {"frames": n}}, "protocol": {}, "mIoU": {"full": 1.0}} for n in (6, 18)])
+    monkeypatch.setattr(world, "result", lambda number: next(results))
+    with pytest.raises(InputError, match="claim full: cd and base cannot be compared: other frames: frames 18; now: frames 6"):
+        world.values(CLAIMS["full"])
 
 
 def test_a_failed_command_stops_everything_and_is_not_done(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import stage2
 from conftest import ROOT
 from data import Frames, collate, read_labels, read_scan
 from index import load_index
+from miniature.world import make_world
 from models import load_image_encoder
 
 SMALL = ["--channels", "16", "--depth", "2", "--fov", "48", "48", "8", "--cell", "1", "--neighbors", "4"]
@@ -128,8 +129,14 @@ def test_the_head_may_have_a_learning_rate_of_its_own(world, second, tmp_path):
 
 
 def test_one_percent_of_the_labels(world, second, tmp_path, capsys):
-    probe.main(probe_args(world, "seg", second, tmp_path / "p", "--percent", "1", "--steps", "1", "--batch", "1"))
-    assert re.search(r"1 % of the training scenes: scene-\d{4}\n", capsys.readouterr().out)  # one of eight
+    percent = ["--percent", "10", "--steps", "1", "--batch", "1"]
+    assert "--percent 10: every 10th scene is taken" in fails_with_one_line(
+        capsys, probe.main, probe_args(world, "seg", second, tmp_path / "p", *percent))  # of eight
+    ten = make_world(tmp_path / "ten", seed=7, train=(11, 0, 0), val=1, frames=1, workers=1)
+    probe.main(probe_args(ten, "seg", second, tmp_path / "p", *percent))
+    tenth = json.loads((ten / "v1.0-trainval/scene.json").read_text())[9]["name"]
+    assert f"10 % of the training scenes: {tenth}\n" in capsys.readouterr().out
+    assert torch.load(tmp_path / "p" / "last.pth", weights_only=True)["scenes"] == [tenth]
 
 
 def test_3d_probe_of_whole_scans_is_judged_on_every_point(world, first, tmp_path):
@@ -238,13 +245,13 @@ def test_two_processes_are_one_with_the_same_global_batch(world, first, second, 
 def test_evaluation_sums_over_processes(world, second, tmp_path):
     for task in ("seg", "depth"):
         probe.main(probe_args(world, task, second, tmp_path / task, "--steps", "2"))
-    evaluate = ["eval.py", str(tmp_path / "seg"), str(tmp_path / "depth"), "--workers", "0", "--device", "cpu", "--again", "--out"]
+    evaluate = ["eval.py", str(tmp_path / "seg"), str(tmp_path / "depth"), f"{tmp_path}/./seg", "--workers", "0", "--device", "cpu", "--again", "--out"]
     evaluation.main([*evaluate[1:], str(tmp_path / "one")])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *evaluate,
                            str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert one[0]["IoU"] == two[0]["IoU"]
+    assert len(one) == len(two) == 2 and one[0]["IoU"] == two[0]["IoU"]  # a folder that is given twice is one
     assert one[1]["RMSE"] == pytest.approx(two[1]["RMSE"])
 
 

@@ -320,7 +320,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, index, first, probes, tmp_
     data = ("--data", str(world))
     assert "did you mean vit_mini8" in message("pca", "--encoders", "vit_mini9", *data)
     assert "one width, not 96, 384" in message("pca", "--encoders", "vit_mini8", "vit_small16", "--weights", "random", *data)
-    assert "--titles: 1 for 2 columns" in message("tsne", "--encoders", "vit_mini8", "vit_mini8", "--titles", "a", *data)
+    assert "--titles: 1 for 2 columns" in message("tsne", "--encoders", "vit_mini8", "vit_small16", "--weights", "random", "--titles", "a", *data)
     assert "--images 1: must be at least 2" in message("tsne", "--encoders", "vit_mini8", "--images", "1", *data)
     assert "of --task seg, not" in message("segmentation", str(probes / "seg"), str(probes / "depth"))
     assert "depth of --task depth" in message("segmentation", str(probes / "depth"))
