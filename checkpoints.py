@@ -37,8 +37,8 @@ def read(path):
     except OSError as error:
         raise unreadable(path, error, "is it the right path?") from None
     if damaged:
-        raise InputError(f"{path}: damaged: its record {damaged} is not what was written (a hole, or bytes of another file); "
-                         "take another copy of it, or an earlier checkpoint")
+        raise InputError(f"{path}: damaged: its record {damaged} is not what was written (a hole, or "
+                         "bytes of another file); take another copy of it, or an earlier checkpoint")
     try:
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load's own, about TorchScript archives
@@ -57,23 +57,24 @@ def read(path):
         raise InputError(f"{path}: the file asks for {refused[1]}, and loading that could run code; only tensors, plain "
                          "containers and argparse.Namespace are read. If you trust the file, load it once with weights_only=False "
                          "and save its tensors again")
-    guess = "" if beginning.startswith(b"PK") else looks_like(beginning)  # a zip archive is what it should be
+    guess = "" if beginning.startswith(b"PK") else looks_like(beginning)  # PK: it is a zip archive
     raise InputError(f"{path}: torch.load cannot read it with weights_only=True; "
                      + (guess or "is it a file of torch.save's, and complete?"))
 
 
 def damaged_record(file):
-    """The first record of an opened file of torch.save's that is not what was written; None if all are, or it is no zip file.
+    """The first record of torch.save's open file that is not what was written; None if all are.
 
-    torch.load does not compare the checksums that torch.save writes: a hole in the file would load as weights.
+    torch.load does not compare the checksums that torch.save writes: a hole would load as weights.
+    None too for files without checksums: no zip archives, or torch.save was told to write none.
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            checked = any(record.CRC for record in archive.infolist())  # torch.save can be told to write none
+            checked = any(record.CRC for record in archive.infolist())
             return archive.testzip() if checked else None
     except (OSError, MemoryError):
         raise
-    except Exception:  # not a zip file, or one so damaged that torch.load refuses it
+    except Exception:  # no zip archive, or one so damaged that torch.load refuses it
         return None
 
 

@@ -77,8 +77,8 @@ def _exit_with_errno(kind, error, traceback):
 def _watched(iterator):
     """Yield a DataLoader's batches. Raises RuntimeError, in torch's words, if a process died."""
     ended = threading.Event()
-    threading.Thread(target=_watch, args=(iterator, ended), daemon=True).start()
     try:
+        threading.Thread(target=_watch, args=(iterator, ended), daemon=True).start()
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:
         # A process may die while a batch is fetched from it: what that raises says little
@@ -89,6 +89,9 @@ def _watched(iterator):
         try:
             iterator._shutdown_workers()
         finally:
+            for worker in iterator._workers:
+                if worker.is_alive():  # that was interrupted: torch's handler raises for each death
+                    worker.kill()
             ended.set()
 
 

@@ -241,7 +241,7 @@ def item_cases(frames):
 
 
 def check_cost(frames, repeats):
-    """What checking its files costs a data item, in words: timed inside of the items of the first frame's views."""
+    """What checking its files costs a data item, in words; timed within items of the first frame."""
     spent, device = [], torch.device("cpu")
 
     def timed(check):
@@ -252,10 +252,13 @@ def check_cost(frames, repeats):
         return run
 
     views = range(len(frames.index.cameras))
-    with mock.patch.multiple(files, implausible=timed(files.implausible), stretches=timed(files.stretches)):
+    both = {"plausible": timed(files.plausible), "stretches": timed(files.stretches)}
+    with mock.patch.multiple(files, **both):
         times = repeat([lambda: [frames[0, view] for view in views]], device, repeats)
-    checks, items = (median(np.reshape(t, (len(times), -1)).sum(1)) / len(views) * 1e3 for t in (spent, times))
-    return f"Checks of the scan and the image of a data item: {checks:.2f} of {items:.1f} ms, {checks / items:.1%}."
+    checks, items = (median(np.reshape(t, (len(times), -1)).sum(1)) / len(views) * 1e3
+                     for t in (spent, times))
+    return (f"Checks of the scan and the image of a data item: {checks:.2f} of {items:.1f} ms, "
+            f"{checks / items:.1%}.")
 
 
 def distill_case(name, stage, device, learner, pixel_features, point_features, optimizer=None):
