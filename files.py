@@ -4,6 +4,7 @@ An InputError says in one line which file it is, what is wrong with it, and the 
 after which a file is a good one of another content cannot be seen here; README.md lists it.
 """
 import errno
+import functools
 import io
 import re
 from pathlib import Path
@@ -12,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from PIL.Image import _getdecoder  # private: should Pillow drop it, this line is to say so
 
-from errors import FILES, MEMORY, InputError
+from errors import FILES, MEMORY, InputError, say
 from index import UNKNOWN
 
 AGAIN = "extract it again"
@@ -85,8 +85,8 @@ def way_out(guess):
 # up, the fifth soon has more.
 RANGES = {"x": (-500, 500), "y": (-500, 500), "z": (-500, 500), "intensity": (0, 255),
           "ring": (0, 127)}
-NOWHERE = 4  # points at x = y = z = 0: so many are a hole (or points without a return)
-MANY = 100   # points in one plane, or of one intensity: so many are no scan
+NOWHERE = 16  # points at x = y = z = 0: so many are a hole (or points without a return)
+MANY = 100  # points in one plane, or of one intensity: so many are no scan
 
 # Layouts in which scans are kept elsewhere: the numbers, and how many a point has.
 LAYOUTS = {"64-bit floats?": ("<f8", 5), "64-bit floats, four columns?": ("<f8", 4),
@@ -165,15 +165,18 @@ def other_layout(content):
     return ""
 
 
+def wider_labels(size, count):
+    """How many bits a label seems to have in a file of so many bytes for so many points; "" if 8."""
+    bits = 8 * size / max(1, count)
+    return f"{bits:.0f}-bit labels? Write one byte a point" if bits in (16, 32, 64) else ""
+
+
 def read_labels(path, coarse, count):
     """Classes `[count]` (index into index.CLASSES, 0 ignored) of a lidarseg file."""
     content = read_bytes(path)
     fine = np.frombuffer(content, np.uint8)
     if len(fine) != count:
-        guess = looks_like(content)
-        for bits in (16, 32, 64):
-            if not guess and 8 * len(fine) == bits * count:
-                guess = f"{bits}-bit labels? Write one byte a point"
+        guess = looks_like(content) or wider_labels(len(fine), count)
         raise InputError(f"{path}: {len(fine)} labels for {count} points; {way_out(guess)}")
     classes = coarse[fine]
     if (unknown := classes == UNKNOWN).any():
@@ -202,7 +205,7 @@ def read_image(path, size, raw_size=None):
                 raise InputError(f"{path}: an image of mode {image.mode}, not 8-bit RGB; its "
                                  f"colours would be guessed. Convert it, or {AGAIN}")
             image.draft("RGB", (3 * size[1] // 2, 3 * size[0] // 2))
-            if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with others behind it
+            if image.format in ("JPEG", "MPO") and can_be_watched():  # MPO: a JPEG and others
                 decode_jpeg(image, content)
             image = image if image.mode == "RGB" else image.convert("RGB")
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
@@ -247,7 +250,7 @@ def decode_jpeg(image, content):
     ends, single = stretches(content)
     image.load_prepare()
     (name, extents, _, args), = image.tile
-    decoder = _getdecoder(image.mode, name, args, image.decoderconfig)
+    decoder = Image._getdecoder(image.mode, name, args, image.decoderconfig)
     decoder.setimage(image.im, extents)
     kept, done, at = b"", False, 0  # kept: what the decoder has been given and has not taken
 
@@ -278,6 +281,31 @@ def decode_jpeg(image, content):
     finally:
         decoder.cleanup()
     image.tile = []  # it is loaded
+
+
+@functools.cache
+def can_be_watched():
+    """Whether `decode_jpeg` tells good JPEGs from damaged ones with the libjpeg that is here.
+
+    It uses a private function of Pillow and habits of libjpeg, so it is tried once in a process:
+    where another build has others, no good picture may be refused.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    found = []
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 3}):
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "JPEG", quality=90, **options)
+        whole = file.getvalue()
+        for content in (whole, whole[:-300] + whole[-2:], whole[:-2] + bytes(range(90)) + whole[-2:]):
+            try:
+                with Image.open(io.BytesIO(content)) as image:
+                    decode_jpeg(image, content)
+                found.append(True)
+            except Exception:  # whatever another version of Pillow makes of it
+                found.append(False)
+    if found != [True, False, False] * 3:
+        say(f"Pillow {Image.__version__}: damaged JPEGs are not found out, its decoder is an unknown one")
+    return found == [True, False, False] * 3
 
 
 def stretches(content):

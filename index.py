@@ -332,7 +332,10 @@ def _damage(root, scan, labels, images):
     size = _size(root, scan)
     if size % 20 == 0 and (not labels or _size(root, labels) * 20 == size):
         return ""
-    return f"{scan} has {size} bytes, not 20 a point" + (f" with one label each in {labels}" if labels else "") + "; extract it again"
+    from files import looks_like, other_layout, way_out, wider_labels  # here: only what is damaged needs it
+    content = Path(root, scan).read_bytes()
+    guess = looks_like(content) or other_layout(content) or (labels and wider_labels(_size(root, labels), size / 20))
+    return f"{scan} has {size} bytes, not 20 a point" + (f" with one label each in {labels}" if labels else "") + f"; {way_out(guess)}"
 
 
 @one_line_errors

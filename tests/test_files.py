@@ -53,6 +53,20 @@ def jpeg(kind="baseline", picture="a street"):
     return file.getvalue()
 
 
+def test_a_pillow_that_cannot_be_watched_refuses_no_good_picture(tmp_path, monkeypatch, capsys):
+    assert files.can_be_watched()
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    before = read_image(tmp_path / "a.jpg", (24, 40), SIZE)
+    monkeypatch.setattr(files, "decode_jpeg", lambda image, content: image._getdecoder())
+    files.can_be_watched.cache_clear()
+    try:
+        assert not files.can_be_watched()
+        assert "damaged JPEGs are not found out" in capsys.readouterr().out
+        assert np.array_equal(read_image(tmp_path / "a.jpg", (24, 40), SIZE), before)
+    finally:
+        files.can_be_watched.cache_clear()
+
+
 def scan_by_scan():
     """A JPEG of three scans without progression, of a colour each: three grey ones in one."""
     grey = []
@@ -257,8 +271,8 @@ SCANS = {
     "integers": (lambda s: s.astype("<i4"), "not finite|not a whole number|not within"),
     "text": (lambda s: str(s.tolist())[:10_000].encode(), "text? Convert it to binary"),
     "a good one": (lambda s: s, None),
-    "three points nowhere": (at(slice(500, 503), slice(3), 0), None),
-    "a small hole": (at(slice(500, 504), slice(5), 0), "4 of 1000 points are at x = y = z = 0"),
+    "15 points nowhere": (at(slice(500, 515), slice(3), 0), None),
+    "a small hole": (at(slice(500, 516), slice(5), 0), "16 of 1000 points are at x = y = z = 0"),
     "a hole": (lambda s: hole(s.tobytes(), 10_001, 512), "2[56] of 1000 points are at x"),
     "zeros to the end": (at(slice(500, 1000), slice(5), 0), "500 of 1000 points are at x ="),
     "only zeros": (lambda s: bytes(20000), "zeros only, of a copy that was broken off?"),

@@ -149,7 +149,8 @@ def test_wrong_roots_are_named(tmp_path, world):
 
 
 @pytest.mark.parametrize("damage, message", [("missing", "1 of .* missing"), ("cut", "not 20 a point"),
-                                             ("labels", "one label each")])
+                                             ("labels", "one label each"), ("64 bits", "not 20 a point.*; 64-bit floats"),
+                                             ("KITTI", "not 20 a point.*; four columns .KITTI."), ("wide labels", "; 16-bit labels")])
 def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
     root = tmp_path / "copy"
     shutil.copytree(world, root)
@@ -158,9 +159,14 @@ def test_damaged_files_are_found_at_the_start(tmp_path, world, damage, message):
         sorted((root / "samples" / "CAM_FRONT").iterdir())[0].unlink()
     elif damage == "cut":
         scan.write_bytes(scan.read_bytes()[:-7])
+    elif damage in ("64 bits", "KITTI"):
+        points = np.fromfile(scan, np.float32).reshape(-1, 5)
+        scan.write_bytes((points.astype(np.float64) if damage == "64 bits" else points[:, :4]).tobytes())
     else:
-        labels = sorted((root / "lidarseg" / "v1.0-trainval").iterdir())[0]
-        labels.write_bytes(labels.read_bytes()[:-1])
+        token = next(r["token"] for r in json.loads((root / "v1.0-trainval/sample_data.json").read_text()) if r["filename"].endswith(scan.name))
+        tables = json.loads((root / "v1.0-trainval/lidarseg.json").read_text())
+        labels = root / next(r["filename"] for r in tables if r["sample_data_token"] == token)
+        labels.write_bytes(labels.read_bytes()[:-1] if damage == "labels" else 2 * labels.read_bytes())
     with pytest.raises(InputError, match=message):
         found = index.load_index(root, here=True)
         for split in ("train", "val"):
