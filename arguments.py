@@ -29,7 +29,7 @@ class Distinct(argparse.Action):
 
 def whole(least=0, most=2**63 - 1):
     """The type of a flag for whole numbers from `least` to `most`."""
-    limits = f"at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+    limits = f"at least {least}" if most >= 2**31 - 1 else f"from {least} to {most}"
 
     def parse(text):
         try:
@@ -37,14 +37,14 @@ def whole(least=0, most=2**63 - 1):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {limits}") from None
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {limits if value < least else f'at most {most}'}")
         return value
     return parse
 
 
 def real(least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
     """The type of a flag for finite numbers from `least` to `most` that are above and below two more limits."""
-    given = {"at least": least, "at most": most, "above": above, "below": below}
+    given = {"at least": least, "above": above, "at most": most, "below": below}
     limits = " and ".join(f"{name} {limit:g}" for name, limit in given.items() if math.isfinite(limit))
 
     def parse(text):
@@ -60,8 +60,8 @@ def real(least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
     return parse
 
 
-COUNT = whole(1)            # of frames, steps, views, layers
+COUNT = whole(1, 2**31 - 1)  # of frames, steps, views, layers, pixels
 SEED = whole(0)             # below 2^63, so that a time in nanoseconds is one
 WORKERS = whole(0, 1024)    # processes; 0: the work is done in this one
-POSITIVE = real(above=0)    # learning rates, metres
-RATE = real(least=0)        # learning rates that may be 0, weight decay, minutes
+POSITIVE = real(above=0, most=1e6)    # learning rates, metres
+RATE = real(least=0, most=1e6)        # learning rates that may be 0, weight decay, minutes

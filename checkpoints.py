@@ -20,7 +20,7 @@ from files import WAYS_OUT, looks_like, unreadable
 NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # the function that makes a number of its type and bytes
 ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
            *((NUMPY_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]  # numpy 1 and 2
-WHO_WRITES = {"point_encoder": "stage1.py", "image_encoder": "stage2.py", "probe": "probe.py"}
+WHO_WRITES = {"point_encoder": "stage1.py", "image_encoder": "stage2.py", "probe": "probe.py", "2d_head": "experiments.ablations 2d-head"}
 
 
 def read(path):
@@ -35,7 +35,7 @@ def read(path):
             beginning = file.read(1000)
             damaged = damaged_record(file)
     except OSError as error:
-        raise unreadable(path, error, "is it the right path?") from None
+        raise unreadable(path, error, "give the path of one that is there") from None
     if damaged:
         raise InputError(f"{path}: damaged: its record {damaged} is not what was written (a hole, or "
                          "bytes of another file); take another copy of it, or an earlier checkpoint")
@@ -48,7 +48,7 @@ def read(path):
         if isinstance(error, MemoryError) or "t allocate memory" in message:
             raise
         if getattr(error, "errno", None) in WAYS_OUT:
-            raise unreadable(path, error, "is it the right path?") from None
+            raise unreadable(path, error, "give the path of one that is there") from None
     if "TorchScript" in message:
         raise InputError(f"{path}: a TorchScript archive, which is a program; if you trust it, take the weights out once: "
                          f"torch.save(torch.jit.load('{path}', map_location='cpu').state_dict(), 'weights.pth')")
@@ -59,7 +59,7 @@ def read(path):
                          "and save its tensors again")
     guess = "" if beginning.startswith(b"PK") else looks_like(beginning)  # PK: it is a zip archive
     raise InputError(f"{path}: torch.load cannot read it with weights_only=True; "
-                     + (guess or "is it a file of torch.save's, and complete?"))
+                     + (guess or "is it a file of torch.save's, and complete? Take another copy"))
 
 
 def damaged_record(file):
@@ -103,10 +103,10 @@ def say_if_unfinished(content, path):
 def located(source, was, now):
     """Where something is that lay at `source` when what was made from it lay in the folder `was`, which is `now` another one.
 
-    There still, or as far from `now` as it was from `was`, for folders that were moved together. Whether it is the same thing
-    its fingerprint tells. What is no absolute path, as an encoder's name, stays as it is.
+    As far from `now` as it was from `was`, for folders that were moved or copied together, or where it was. Whether it is the
+    same thing its fingerprint tells. What is no absolute path, as an encoder's name, stays as it is.
     """
-    if not was or not source or not os.path.isabs(source) or os.path.exists(source):
+    if not was or not source or not os.path.isabs(source):
         return source
     moved = os.path.normpath(os.path.join(os.path.abspath(now), os.path.relpath(source, was)))
     return moved if os.path.exists(moved) else source
@@ -140,6 +140,8 @@ def check_fit(state, expected, subject):
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
     wrong += [f"{name} has shape {shapes[name]} instead of {tuple(shape)}" for name, shape in expected.items()
               if name in state and (shapes[name] != tuple(shape) or not torch.is_tensor(state[name]))]
+    if not wrong:  # then they are of this network
+        subject = str(subject).partition(": ")[0]
     wrong = wrong or [f"{name} holds numbers that are not finite" for name in expected if not torch.isfinite(state[name]).all()]
     wrong = wrong or [f"{name} is of type {state[name].dtype}, no weights" for name in expected
                       if not state[name].is_floating_point() and not name.endswith("num_batches_tracked")]

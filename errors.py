@@ -41,7 +41,7 @@ FAULTS = (
     (r"DataLoader worker .* (signal: [\w ]+|exit code \d+|exited unexpectedly)", CRASH),
     (r"can't start new thread|Resource temporarily unavailable", PROCESSES),
     (r"CUDA out of memory|CUDA error: out of memory", GPU_MEMORY),
-    (r"pair\.cc:\d+\] Connection (closed|reset) by peer|remote process exited", OTHER),
+    (r"pair\.cc:\d+\].*Connection (closed|reset) by peer|remote process exited", OTHER),
 )
 
 
@@ -68,6 +68,9 @@ def one_line_errors(main):
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # names in any language on a terminal of one
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except Exception as error:

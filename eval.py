@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import training
 from arguments import WORKERS, Parser
-from checkpoints import load_checkpoint, load_strictly, located
+from checkpoints import load_checkpoint, load_strictly, located, say_if_unfinished
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors, say
-from fingerprint import check, differences, of_weights
+from fingerprint import check, differences, digest, of_weights, with_files
 from index import CONDITIONS, load_index
 from models import linear_head, load_image_encoder, source_in
 from nuimages_data import LabelledImages, load_nuimages
@@ -73,13 +73,19 @@ def finite(value):
 
 # ---- one probe ----------------------------------------------------------------------------------------------------------
 
+def place_of(source):
+    """Which of the arguments of `load_image_encoder` says where the weights are."""
+    given = [name for name in ("weights", "hub") if source.get(name) not in (None, "random")]
+    return given[0] if given else "name_or_path"
+
+
 def encoder_source(probe, path, moved=None):
     """The arguments of `load_image_encoder` that give a probe's encoder again. Raises InputError where it is not there any more.
 
     moved: where its folder, or the file of its weights, is now, if it is not where it was.
     """
     source = source_in(probe, path)
-    place = "weights" if source.get("weights") not in (None, "random") else "name_or_path"
+    place = place_of(source)
     source[place] = moved or source[place]
     if os.path.isabs(source[place]) and not os.path.exists(source[place]):
         raise InputError(f"{path}: its encoder {source[place]} is not there any more; where it was moved, eval.py --encoder says so")
@@ -92,8 +98,13 @@ def load_probe(path, device, encoder_at=None):
     encoder_at: where the encoder is if it was moved. Raises InputError where the probe is unfinished, or its encoder is not the one that its head was trained on.
     """
     probe = load_checkpoint(path, "probe")
-    if probe["step"] < probe["total"] and not str(path).endswith("best.pth"):
-        raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat its command to finish it")
+    if Path(path).name == "best.pth":
+        last = folder_of(path) / "last.pth"
+        if last.is_file():
+            say_if_unfinished(load_checkpoint(last, "probe"), last)
+    elif probe["step"] < probe["total"]:
+        raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat its command to finish it"
+                         + (f", or give {folder_of(path)}" if Path(path).is_file() else ""))
     stage1 = None
     if probe.get("backbone"):  # fine-tuned: the encoder's weights are in the probe's checkpoint
         encoder = load_image_encoder(probe["spec"]["name"], "random", feature=probe["spec"]["feature"], careful=False)
@@ -105,7 +116,7 @@ def load_probe(path, device, encoder_at=None):
         else:
             encoder = load_image_encoder(**source, careful=False)
         check(f"{path}: its head", probe.get("made_from", {}), {"encoder": encoder.fingerprint()},
-              f"{source['name_or_path']} has changed since; train the probe again (--restart), or bring that encoder back")
+              f"{source['name_or_path']} has changed since; train the probe again (--restart), or give that encoder's place (eval.py --encoder)")
     head = linear_head(probe["head"], probe["dim"], len(probe["classes"]) or 1, BatchNorm)
     load_strictly(head, probe["model"], path)
     return probe, encoder.to(device).eval(), head.to(device).eval(), None if stage1 is None else stage1.get("cloud", CLOUD)
@@ -121,14 +132,24 @@ def data_of(probe, path):
     return located(probe["data"], probe["encoder"].get("folder"), folder_of(path))
 
 
-def protocol_of(probe):
-    """What must be equal, beside the frames, for the numbers of two probes to be compared."""
+def protocol_of(probe, cloud=None):
+    """What must be equal, beside the frames, for the numbers of two probes to be compared. cloud: of a 3D probe, as data.CLOUD."""
     args = probe["args"]
-    protocol = {"classes": list(probe["classes"]), "cameras": args["cameras"], "head": probe["head"],
-                "finetune": args.get("finetune", False), "percent": args.get("percent") or 100}
+    protocol = {"classes": list(probe["classes"]), "cameras": args["cameras"], "head": probe["head"], "limit": args.get("limit"),
+                "finetune": args.get("finetune", False), "percent": args.get("percent") or 100, "scenes": probe.get("scenes")}
+    if cloud and args["cameras"] != "scan":  # judged at the points that the 3D encoder gets
+        protocol |= {name: cloud[name] if name != "fov" else list(cloud[name]) for name in ("fov", "voxel", "max_points")}
     if probe["task"] in ("depth", "nuimages"):  # judged at pixels of the resized image
         protocol["image_size"] = list(probe["image_size"])
     return protocol
+
+
+def say_other_frames(probe, path, frames):
+    """Whether frames are those of a probe's own validation split when it was trained; a line where they are not."""
+    val = probe.get("val")
+    if val and val != frames:
+        say(f"{path}: judged on other frames than its own, {differences({'frames': val}, {'frames': frames})}")
+    return val == frames
 
 
 class Evaluation:
@@ -142,6 +163,7 @@ class Evaluation:
     def __init__(self, path, device, data=None, dataset=None, encoder_at=None):
         self.path, self.device = path, device
         self.probe, self.encoder, self.head, cloud = load_probe(path, device, encoder_at)
+        self.protocol = protocol_of(self.probe, cloud)
         args, size = self.probe["args"], self.probe["image_size"]
         self.task, self.image_size = self.probe["task"], size and tuple(size)
         labels = self.task != "depth"
@@ -152,16 +174,14 @@ class Evaluation:
         self.frames = dataset(index, rows, args["cameras"], self.image_size, cloud, labels=labels,
                               max_depth=None if labels else DEPTHS[1], every_point=args["cameras"] == "scan")
 
-        frames = index.fingerprint(rows, labels)
-        val = self.probe.get("val")  # None: from before fingerprints
-        self.own = val == frames if val else data is None or os.path.realpath(data) == os.path.realpath(self.probe["data"])
-        if val and not self.own:
-            say(f"{path}: judged on other frames than its own, {differences({'frames': val}, {'frames': frames})}")
-        files = training.by_first_process(lambda: index.files(rows, labels))
+        frames = training.by_first_process(lambda: with_files(index, rows, labels))
+        self.own = say_other_frames(self.probe, path, frames)
+        if "val" not in self.probe:  # from before fingerprints
+            self.own = data is None or os.path.realpath(data) == os.path.realpath(self.probe["data"])
         self.made_from = {
             "probe": {"step": self.probe["step"], "weights": of_weights(torch.nn.ModuleList([self.encoder, self.head]))},
             "encoder": self.probe.get("made_from", {}).get("encoder", {}),
-            "frames": frames | {"files": files}}
+            "frames": frames}
 
     def stored_at(self):
         """The file of the result: results.json, results-best.json of best.pth; with a hash, of other frames than its own."""
@@ -169,7 +189,7 @@ class Evaluation:
         if path.is_file() and path.name != "last.pth":
             name += f"-{path.stem}"
         if not self.own:
-            name += f"-{self.made_from['frames']['tables'][:8]}"
+            name += f"-{digest([repr(self.made_from['frames']).encode()])[:8]}"
         return folder_of(path) / f"{name}.json"
 
 
@@ -214,7 +234,7 @@ def measure(evaluation, workers=2, batch_size=16):
 
     training.sum_over_processes(sums if task == "depth" else confusion)
     result = {"run": str(evaluation.path), "task": task, "encoder": args["encoder"], "step": probe["step"], "data": index.root,
-              "images": len(frames), "made_from": evaluation.made_from, "protocol": protocol_of(probe)}
+              "images": len(frames), "made_from": evaluation.made_from, "protocol": evaluation.protocol}
     here = []  # the conditions; nuImages' tables say nothing of them
     if task != "nuimages":
         here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
@@ -234,12 +254,12 @@ def measure(evaluation, workers=2, batch_size=16):
 
 def not_comparable(row, first):
     """Why the difference of two results of one task says nothing, in words; "" if it does."""
+    a, b = first.get("protocol", {}), row.get("protocol", {})
+    other = [f"{name} {a.get(name)} and {b.get(name)}" if name not in ("classes", "scenes") else f"other {name}"
+             for name in a | b if a.get(name) != b.get(name)]
     if any("made_from" not in result for result in (row, first)):  # from before fingerprints: little is known of it
         same = all(row.get(name) == first.get(name) for name in ("data", "images", "made_from"))
-        return "" if same else "one of them is from before fingerprints and of other data; evaluate it with --again"
-    a, b = first["protocol"], row["protocol"]
-    other = [f"{name} {a.get(name)} and {b.get(name)}" if name != "classes" else "other classes"
-             for name in a | b if a.get(name) != b.get(name)]
+        return "; ".join(other + ["one of them is from before fingerprints and of other data; evaluate it with --again"] * (not same))
     frames = differences({"other frames": first["made_from"]["frames"]}, {"other frames": row["made_from"]["frames"]})
     return "; ".join([*other, *([frames] if frames else [])])
 
@@ -275,16 +295,25 @@ def table(results):
 
 
 def unchecked(path):
-    """The stored result of a probe whose data or encoder is not there any more, else None."""
+    """The stored result of a probe whose data or encoder is not there any more, else None.
+
+    What can be known without them is checked: the step, and the encoder and frames of the probe's own checkpoint.
+    """
     probe = load_checkpoint(path, "probe")
-    sources = [data_of(probe, path)] + ([] if probe.get("backbone") else [source_in(probe, path)["name_or_path"]])
-    gone = [source for source in sources if os.path.isabs(source) and not os.path.exists(source)]
+    source = {} if probe.get("backbone") else source_in(probe, path)
+    sources = [data_of(probe, path)] + ([source[place_of(source)]] if source else [])
+    gone = [place for place in sources if os.path.isabs(place) and not os.path.exists(place)]
     name = "results" if path.is_dir() or path.name == "last.pth" else f"results-{path.stem}"
     stored = read_json(folder_of(path) / f"{name}.json") if gone else None
-    if not isinstance(stored, dict) or "task" not in stored:
+    metric = "RMSE" if probe["task"] == "depth" else "mIoU"
+    if not isinstance(stored, dict) or not isinstance(stored.get(metric), dict) or stored.get("step") != probe["step"]:
+        return None
+    of_probe = {"encoder": probe.get("made_from", {}).get("encoder"), "frames": probe.get("val")}
+    if any(of_probe[name] != value for name, value in stored.get("made_from", {}).items() if name in of_probe):
         return None
     say(f"{path}: its result is shown as it was stored and not checked, {' and '.join(gone)} is not there any more")
-    return stored
+    stored[metric] = {column: None if value is None else finite(value) for column, value in stored[metric].items()}
+    return {"protocol": protocol_of(probe)} | stored | {"run": str(path)}
 
 
 def result_of(path, device, args):
@@ -294,9 +323,14 @@ def result_of(path, device, args):
         if stored:
             return stored
     evaluation = Evaluation(path, device, args.data, encoder_at=args.encoder)
+
+    def current():
+        stored = read_json(evaluation.stored_at())
+        same = isinstance(stored, dict) and stored.get("made_from") == evaluation.made_from
+        return stored | {"run": str(path)} if same and not args.again else None
     # The first process decides: another could find the result that the first has just written
-    stored = training.by_first_process(lambda: read_json(evaluation.stored_at()))
-    if not args.again and isinstance(stored, dict) and stored.get("made_from") == evaluation.made_from:
+    stored = training.by_first_process(current)
+    if stored:
         return stored
     result = measure(evaluation, args.workers)
     if training.rank() == 0:

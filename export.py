@@ -166,6 +166,12 @@ def check(args):
                          + " ".join(NEEDED[args.format]))
 
 
+def arguments_of(checkpoint):
+    """A checkpoint's arguments for JSON, which has no infinities: these become words."""
+    infinite = (float("inf"), float("-inf"))
+    return {name: str(value) if value in infinite else value for name, value in (checkpoint.get("args") or {}).items()} or None
+
+
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
@@ -198,7 +204,7 @@ def main(argv=None):
             "mean": row.normalization[0], "std": row.normalization[1],
             "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(partial.name).iterdir()},
             "step": checkpoint.get("step"), "total": checkpoint.get("total"), "fingerprint": encoder.fingerprint(),
-            "made_from": checkpoint.get("made_from"), "args": checkpoint.get("args")}, indent=2, default=str) + "\n")
+            "made_from": checkpoint.get("made_from"), "args": arguments_of(checkpoint)}, indent=2, default=str, allow_nan=False) + "\n")
         for file in Path(partial.name).iterdir():
             os.replace(file, folder / file.name)
     print(f"{folder / name}: {row.name}, {args.format}; license of the weights it was trained from: {row.license}")

@@ -29,6 +29,11 @@ def of_weights(module):
     return digest(parts())
 
 
+def with_files(index, rows, labels):
+    """The fingerprint of frames (of an `Index` or `ImageIndex`) and of their files, which may be others under the same tables."""
+    return index.fingerprint(rows, labels) | {"files": index.files(rows, labels)}
+
+
 def words(fingerprint):
     """A fingerprint as a person reads it."""
     return ", ".join(f"{name} {value}" for name, value in fingerprint.items())

@@ -4,6 +4,7 @@
 """
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -81,14 +82,14 @@ class Index:
         return {"frames": len(rows), "scenes": len(np.unique(self.scene[rows])), "tables": digest(parts)}
 
     def files(self, rows, labels=False):
-        """A hash of the files of these frames: of the sizes of scans and images and, if asked for, of all labels.
+        """A hash of the files of these frames: of the images' sizes, of the scans' sizes and ends and, if asked for, of all labels.
 
         Raises InputError for one that is missing.
         """
-        paths = [path for row in rows for path in (self.lidar[row], *self.image[row])]
-        sizes = (os.stat(file).st_size for file in all_there(self.root, paths))
+        images = [file.stat().st_size for file in all_there(self.root, self.image[rows].flatten())]
+        scans = [ends_of(file) for file in all_there(self.root, self.lidar[rows])]
         of_labels = all_there(self.root, self.lidarseg[rows] if labels else ())
-        return digest([repr([*sizes]).encode(), *(file.read_bytes() for file in of_labels)])
+        return digest([repr(images).encode(), *scans, *(file.read_bytes() for file in of_labels)])
 
     def summary(self):
         """The counts per split and condition as a printable table, and the scenes whose condition is disputed."""
@@ -135,9 +136,11 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
         raise InputError(f"--data {root}: " + (
             f"no --version {version}; there is {', '.join(there)}" if there else
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
-    fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version))
+    fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version), look)
     index = Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
     if look:
+        with damage_named(root, version):
+            check_beside(root, version)
         all_there(root, [path for path in (*index.lidar, *index.lidarseg, *index.image.flat) if path])
     reasons = index.bad.tolist()
     posed = _posed(index.cam_from_lidar, index.intrinsics)
@@ -148,41 +151,59 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
     return index
 
 
-def cached(kind, root, tables, script, arguments, here, build):
+@functools.cache
+def content_of(tables, state):
+    """A hash of the JSON tables in these folders, whose names, sizes and dates are `state`."""
+    return digest(path.read_bytes() for folder in tables for path in sorted(folder.glob("*.json")))
+
+
+def cached(kind, root, tables, script, arguments, here, build, look):
     """What `build` reads from the JSON `tables` (folders) of a dataset: {name: array}, the fields of `kind` but for its root.
 
-    From the cache while no table changes. The arrays are mapped from its files, so all processes of a machine share their
+    From the cache while no table has another size or date, or, with `look`, another content. The arrays are mapped from its files, so all processes of a machine share their
     memory. Where they are not there, or damaged, `build` runs if `here`, else `script --data ROOT *arguments` does, as a
     process of its own. Raises InputError as they do.
     """
-    state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for folder in tables for p in sorted(folder.glob("*.json"))]
+    state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for folder in tables for p in sorted(folder.glob("*.json")))
     key = hashlib.sha256(repr((FORMAT, Path(script).name, arguments, state)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "collaborative-distillation", key)
-    names = {field.name for field in dataclasses.fields(kind)} - {"root"}
+    names = {field.name for field in dataclasses.fields(kind)} - {"root"} | {"content"}
     for _ in range(2):
         try:
-            return {name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False)) for name in names}
+            fields = {name: np.asarray(np.load(cache / f"{name}.npy", mmap_mode="c", allow_pickle=False)) for name in names}
+            content = fields.pop("content").item().decode()
+            if not look or content == content_of(tuple(tables), state):
+                return fields
         except (OSError, ValueError, EOFError):  # not there, or not whole
-            if cache.is_dir():
-                shutil.rmtree(cache)
+            pass
+        shutil.rmtree(cache, ignore_errors=True)
         if here:
-            fields = build()
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(dir=cache.parent))
-            for name, values in fields.items():
-                with (partial / f"{name}.npy").open("wb") as file:
-                    np.save(file, values, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-            with contextlib.suppress(OSError):  # another process was first
-                partial.rename(cache)
-            shutil.rmtree(partial, ignore_errors=True)
+            fields = build() | {"content": np.bytes_(content_of(tuple(tables), state))}
+            try:
+                keep(cache, fields)
+            except OSError as error:
+                raise InputError(f"{cache}: the index cannot be kept there ({error.strerror}); mend that folder, or set XDG_CACHE_HOME "
+                                 "to another") from None
             continue
         done = subprocess.run([sys.executable, script, "--data", str(root), *arguments], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["killed, perhaps for memory"])[-1]
             raise InputError(reason.partition("error: ")[2] or f"--data {root}: reading the tables failed: {reason}")
     raise InputError(f"{cache}: the index cannot be kept there; mend that folder, or set XDG_CACHE_HOME to another")
+
+
+def keep(folder, arrays):
+    """Write {name: array} as files of a new folder, all of them or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    for name, values in arrays.items():
+        with (partial / f"{name}.npy").open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+    with contextlib.suppress(OSError):  # another process was first
+        partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -194,6 +215,8 @@ def damage_named(root, version):
         raise
     except MemoryError:
         raise
+    except ImportError as error:
+        raise InputError(f"nuscenes-devkit cannot be imported ({error}); pip install -r requirements.txt") from None
     except Exception as error:
         raise InputError(f"--data {root}: nuscenes-devkit cannot read {version} ({type(error).__name__}: {error}); "
                          "extract its tables again".replace("\n", " ")) from None
@@ -264,7 +287,8 @@ def _read_frames(root, version):
     for scene in nusc.scene:
         condition, published = condition_of(scene["description"]), published_condition_of(scene["description"])
         if condition != published:
-            disputed.append(f"  {scene['name']}, \"{scene['description']}\": {CONDITIONS[condition]} here, "
+            words = " ".join(scene["description"].split())
+            disputed.append(f"  {scene['name']}, \"{words}\": {CONDITIONS[condition]} here, "
                             f"{CONDITIONS[published]} by md4all's rule, which looks inside of words")
         token = scene["first_sample_token"]
         while token:
@@ -308,6 +332,14 @@ def check_files(root, paths, way_out="extract all archives of this version into 
     if bad := [path for path in paths if not os.path.isfile(os.path.join(root, path))]:
         raise InputError(f"--data {root}: {len(bad)} of {len(paths)} files that the tables name are missing, "
                          f"the first is {bad[0]}; {way_out}")
+
+
+def ends_of(path, count=4096):
+    """The size of a file, its first bytes and its last ones."""
+    with path.open("rb") as file:
+        size, begin = os.fstat(file.fileno()).st_size, file.read(count)
+        file.seek(max(0, size - count))
+        return size.to_bytes(8, "little") + begin + file.read()
 
 
 def all_there(root, paths):

@@ -156,19 +156,21 @@ class ImageEncoder(nn.Module):
         if not torch.is_tensor(images):
             raise InputError(f"images are a {type(images).__name__}, not a tensor; torch.from_numpy makes one of an array")
         given = f"images of type {str(images.dtype).removeprefix('torch.')} and shape {tuple(images.shape)}"
-        if images.ndim != 4 or images.shape[1] != 3:
+        if images.ndim != 4 or images.shape[1] != 3 or images.layout != torch.strided:
             raise InputError(f"{given}: are to be [B, 3, H, W], red, green and blue")
         if images.dtype == torch.uint8:
             raise InputError(f"{given}: are to be in [0, 1], not bytes; divide them by 255")
         weight = next(self.backbone.parameters())
-        if images.dtype != weight.dtype and not (images.is_floating_point() and torch.is_autocast_enabled(weight.device.type)):
+        cast = torch.is_autocast_enabled(weight.device.type) and images.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if images.dtype != weight.dtype and not cast:
             raise InputError(f"{given}: the encoder's weights are {str(weight.dtype).removeprefix('torch.')}; convert one of them")
         if images.device != weight.device:
             raise InputError(f"{given}: are on {images.device}, the encoder is on {weight.device}; move one of them")
         self.check_size(images.shape[2:], "images")
-        if images.numel() and not (images.amin() >= 0 and images.amax() <= 1):  # NaN is neither
+        rounding = 1e-3  # resizing in floats gives a white sky of 1.0000002
+        if images.numel() and not (images.amin() >= -rounding and images.amax() <= 1 + rounding):  # NaN is neither
             low, high = images.amin().item(), images.amax().item()
-            raise InputError(f"{given}: hold values from {low:.3g} to {high:.3g} and are to be in [0, 1], finite and not normalised; "
+            raise InputError(f"{given}: hold values from {low:.4g} to {high:.4g} and are to be in [0, 1], finite and not normalised; "
                              "the encoder normalises them itself")
 
     def check_size(self, size, subject="--image-size"):

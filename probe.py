@@ -27,6 +27,7 @@ from arguments import COUNT, POSITIVE, RATE, Parser
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors, say
+from fingerprint import with_files
 from index import CLASSES, load_index
 from nuimages_data import CLASSES as NUIMAGES
 from nuimages_data import LabelledImages, load_nuimages
@@ -207,8 +208,12 @@ def main(argv=None):
     rows = index.select("train", limit=args.limit, percent=args.percent or 100, skip_bad=skip_bad)
     labelled = args.task != "depth"
     made_from["frames"] = index.fingerprint(rows, labelled)
-    val = index.fingerprint(np.flatnonzero(index.split == b"val"), labelled)
+    val = training.by_first_process(lambda: with_files(index, np.flatnonzero(index.split == b"val"), labelled))
+    if args.finetune:
+        made_from["validation"] = val  # best.pth is chosen by it
     checkpoint = find_last(args, made_from)
+    if args.percent and checkpoint and "scenes" not in checkpoint:
+        raise InputError(f"--out {args.out} holds a run from before --percent took SLidR's scenes: it saw others; choose another --out")
     scenes = np.char.decode(np.unique(index.scene[rows])).tolist() if load is load_index else []
     if args.percent:
         of_set = "scenes: " + ", ".join(scenes) if scenes else f"set: {len(rows)} images, by file name"

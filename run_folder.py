@@ -28,6 +28,7 @@ from training import rank, sum_over_processes, world
 # Arguments that a resumed run may be given anew, and those that say where a source is, which is known by its fingerprint
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart", "checkpoint"}
 WHERE = {"version": "frames", "encoder": "encoder", "weights": "encoder", "hub": "encoder", "feature": "encoder", "stage1": "stage1"}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 BAD_FRAMES = 0.01  # the part of the frames that --on-bad-frame skip leaves out at most
 
 
@@ -41,6 +42,9 @@ def save(path, content):
     if rank() > 0:
         return
     path = Path(path)
+    if broken := [name for name, value in content.get("model", {}).items() if not torch.isfinite(value).all()]:
+        raise InputError(f"{path}: not written, {broken[0]} and {len(broken) - 1} more tensors of the model hold numbers that are not finite; "
+                         "what was saved before is there. Try a lower learning rate or --precision fp32")
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,7 @@ def save(path, content):
         with contextlib.suppress(OSError):
             partial.unlink()
         room = ""
-        if getattr(cause, "errno", None) in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(cause, "errno", None) in (None, *FULL):
             room = f": it needs {_bytes(content) / 1e6:.0f} MB, {shutil.disk_usage(path.parent).free / 1e6:.0f} MB are free"
         there = f"{path.name} is as it was" if path.is_file() else "nothing was saved before"
         raise InputError(f"{path}: cannot be written ({str(cause).splitlines()[0]}){room}; {there}. "
@@ -206,7 +210,8 @@ def write_text(path, text):
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror}); it is as it was. Make room, then repeat the command") from None
+        way_out = "Make room" if error.errno in FULL else "Mend that, or choose another --out"
+        raise InputError(f"{path}: cannot be written ({error.strerror}); it is as it was. {way_out}, then repeat the command") from None
 
 
 def write_json(path, content):
@@ -218,7 +223,7 @@ def read_json(path):
     """What is in a file of JSON; None where there is none, or one that was cut short."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

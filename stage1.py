@@ -58,6 +58,8 @@ def cloud_of(args):
     """How a scan becomes WaffleIron's input, by the flags: see data.CLOUD. Raises InputError for boxes that cells or voxels do not fit."""
     for side in args.fov:
         cells = 2 * side / args.cell
+        if cells > 1e5:
+            raise InputError(f"--cell {args.cell:g}: twice --fov {side:g} has more than 100,000 of them; take larger ones")
         if round(cells) < 1 or abs(cells - round(cells)) > 1e-6 * cells:
             raise InputError(f"--cell {args.cell:g}: twice --fov {side:g} is not a whole number of cells")
         if side / args.voxel >= 2**20:

@@ -39,7 +39,8 @@ def on_the_grid_of(vit, state, name, source):
     16 x 16 patches). What is neither stays as it is.
     """
     value, (rows, columns) = state.get(name), vit.grid
-    if not torch.is_tensor(value) or value.shape[-1:] != vit.pos_embed.shape[-1:] or value.shape[-2] == 1 + rows * columns:
+    of_rows = torch.is_tensor(value) and value.layout == torch.strided and value.ndim in (2, 3)
+    if not of_rows or value.shape[-1] != vit.pos_embed.shape[-1] or value.shape[-2] == 1 + rows * columns:
         return state
     count = value.shape[-2] - 1
     scale = (count / (rows * columns)) ** 0.5

@@ -38,10 +38,10 @@ from torch.nn.utils.rnn import pad_sequence
 import files
 import models
 import training
-from arguments import COUNT, Parser
+from arguments import COUNT, Distinct, Parser, whole
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import DIRECTIONS, distillation_loss, sample_features
-from errors import InputError, one_line_errors
+from errors import one_line_errors
 from index import load_index
 from miniature.world import make_world
 from waffleiron import WaffleIron
@@ -356,13 +356,13 @@ def parse(argv=None):
     add = parser.add_argument
     add("--data", help="nuScenes root (default: a keyframe of nuScenes' size is made in runs/bench-world)")
     add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
-    add("--widths", type=COUNT, nargs="+", default=[256, 768], help="of WaffleIron; the steps take the last one (default: 256 768)")
+    add("--widths", type=COUNT, nargs="+", action=Distinct, default=[256, 768], help="of WaffleIron; the steps take the last one (default: 256 768)")
     add("--depth", type=COUNT, help=f"layers of WaffleIron (default: 48 on a GPU, else {FEW})")
     add("--batch", type=COUNT, help="camera views in a step (default: 8 on a GPU, else 1)")
     add("--encoder", help="image encoder, with random weights (default: dinov2_vitl14 on a GPU, else vit_small14)")
-    add("--points", type=COUNT, nargs="+", default=[1000, 3000, 10000, 30000], help="of the linear cost (default: 1000 3000 10000 30000)")
+    add("--points", type=COUNT, nargs="+", action=Distinct, default=[1000, 3000, 10000, 30000], help="of the linear cost (default: 1000 3000 10000 30000)")
     add("--repeats", type=COUNT, default=3, help="of each row at least, more where they take fewer seconds than that (default: %(default)s)")
-    add("--workers", type=COUNT, help="processes of the loader (default: all cores beside a GPU; else it is not run)")
+    add("--workers", type=whole(1, 1024), help="processes of the loader (default: all cores beside a GPU; else it is not run)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--out", help="the tables go to this file too")

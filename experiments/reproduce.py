@@ -145,8 +145,8 @@ CLAIMS = {claim.name: claim for claim in (
 class World:
     """The runs on the world of one seed, each made once.
 
-    done.json remembers of each that has finished its command, its seconds and its recipe: a hash of the command and of the
-    recipes of the runs that it needs. A run whose recipe is another one now is made again.
+    done.json remembers of each that has finished its command, its seconds and its recipe: a hash of the command, of the encoder
+    as it was and of the recipes of the runs that it needs. A run whose recipe is another one now, or that is gone, is made again.
     """
 
     def __init__(self, folder, seed):
@@ -157,8 +157,10 @@ class World:
     def make(self, name, command, *needed):
         """Run a command unless it was run to its end before, by the recipe that it has now. Returns its folder."""
         here = self.folder / name
-        recipe = digest([command.encode(), *(self.done[other]["recipe"].encode() for other in needed if other in self.done)])
-        if self.done.get(name, {}).get("recipe") != recipe:
+        encoder = [] if name in ("world", "images") else [Path(ROOT, ENCODER).read_bytes()]
+        recipe = digest([command.encode(), *encoder, *(self.done[other]["recipe"].encode() for other in needed if other in self.done)])
+        there = here.exists() or Path(f"{here}.json").exists()
+        if self.done.get(name, {}).get("recipe") != recipe or not there:
             print(f"\n$ python {command}", flush=True)
             begin = time.time()
             code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode

@@ -23,7 +23,8 @@ from arguments import COUNT, SEED, Distinct, Parser, real, whole
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import sample_features
 from errors import InputError, one_line_errors
-from eval import NOT_AT_NIGHT, confusion_matrix, data_of, depth_sums, load_probe, mean_iou, rmse
+from eval import NOT_AT_NIGHT, confusion_matrix, data_of, depth_sums, load_probe, mean_iou, rmse, say_other_frames
+from fingerprint import with_files
 from index import CLASSES, CONDITIONS, load_index
 from models import ENCODERS, IMAGE_SIZE, load_image_encoder
 from waffleiron import load_waffleiron
@@ -291,13 +292,21 @@ def draw_images(args, device):
         sizes = {tuple(encoder.spec["image_size"]) for encoder in encoders if "image_size" in encoder.spec} or {IMAGE_SIZE}
     if len(sizes) > 1:
         raise InputError(f"{', '.join(paths)}: trained on different image sizes, {' and '.join(map(str, sorted(sizes)))}")
-    size, index = sizes.pop(), load_index(args.data or data_of(probes[0][0], paths[0]), args.version or probes[0][0]["args"]["version"])
+    size = sizes.pop()
+    for encoder in [] if of_probes else encoders:
+        encoder.check_size(size)
+    index = load_index(args.data or data_of(probes[0][0], paths[0]), args.version or probes[0][0]["args"]["version"])
     if of_probes:
+        frames = with_files(index, index.select("val"), task == "seg")
+        for path, (probe, _, _) in zip(paths, probes):
+            say_other_frames(probe, path, frames)
         items = views(index, size, args.frames, labels=task == "seg", max_depth=DEPTHS[1] if task == "depth" else None)
         return figure_probes(task, items, [probe[1:] for probe in probes], titles)
     if args.figure == "pca":
         return figure_pca(views(index, size, args.frames), encoders, titles)
     rng, features = np.random.default_rng(args.seed), [{} for _ in encoders]
+    if sum(min(args.images, len(index.select("val", [name])) * len(index.cameras)) for name in MARKERS) < 4:
+        raise InputError(f"--data {index.root}: t-SNE needs at least four images of {' and '.join(MARKERS)}")
     for name in MARKERS:
         frames = Frames(index, index.select("val", [name]), "all", size)  # C.2: random images, here of any camera
         chosen = rng.choice(len(frames), min(args.images, len(frames)), replace=False).tolist()

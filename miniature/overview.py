@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import Parser, whole
 from data import Frames
 from index import CLASSES, CONDITIONS, load_index
-from errors import one_line_errors
-from eval import data_of, load_probe
+from errors import InputError, one_line_errors
+from eval import data_of, load_probe, say_other_frames
+from fingerprint import with_files
 
 COLORS = dict(zip(CLASSES, np.array([  # RGB by class; distinct hues for classes that touch
     (0, 0, 0), (112, 128, 144), (220, 20, 60), (0, 170, 200), (255, 158, 0), (233, 150, 70), (255, 61, 99), (0, 0, 230),
@@ -52,8 +53,16 @@ def class_map(head, features, size):
 def draw(before, after, out, number=0):
     """Write the picture of two segmentation probes (folders) for the val scene `number` of each condition."""
     probes = [load_probe(path, torch.device("cpu")) for path in (before, after)]
+    for path, (probe, _, _, _) in zip((before, after), probes):
+        if probe["task"] != "seg":
+            raise InputError(f"{path}: a probe of --task {probe['task']}, not of seg")
+    if any(len({probe[name] for probe, _, _, _ in probes}) > 1 for name in ("image_size", "dim")):
+        raise InputError(f"{before} and {after}: probes of different image sizes or widths of features")
     args, size = probes[0][0]["args"], tuple(probes[0][0]["image_size"])
     index = load_index(data_of(probes[0][0], before), args["version"])
+    frames = with_files(index, index.select("val"), True)
+    for path, (probe, _, _, _) in zip((before, after), probes):
+        say_other_frames(probe, path, frames)
     conditions = [c for c in CONDITIONS if ((index.split == b"val") & (index.condition == CONDITIONS.index(c))).any()]
     items = []
     for condition in conditions:

@@ -124,6 +124,9 @@ def main(argv=None):
     vit = ViT(row.patch_size, **row.vit)
     encoder = ImageEncoder(vit, {"name": args.name, "feature": "norm", "image_size": tuple(args.image_size)})
     encoder.check_size(args.image_size)
+    hidden = round(args.masked * (vit.pos_embed.shape[1] - 1))
+    if not 0 < hidden < vit.pos_embed.shape[1] - 1:
+        raise InputError(f"--masked {args.masked:g}: hides {hidden} of {vit.pos_embed.shape[1] - 1} patches; some, but not all, must be hidden")
     model = MaskedAutoencoder(vit, row.patch_size, args.masked, args.raw, args.decorrelate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, betas=(0.9, 0.95))
     total = len(images) // args.batch * args.epochs

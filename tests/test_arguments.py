@@ -64,9 +64,9 @@ def test_every_number_of_every_script_refuses_what_means_nothing(name, monkeypat
 def test_whole_numbers_and_real_ones():
     assert whole(1)("7") == 7 and whole(0)("0") == 0 and whole()(str(2**63 - 1)) == 2**63 - 1 and whole(1, 6)("6") == 6
     assert real(0)("0") == 0 and real(above=0)("1e-9") == 1e-9 and real()("-3") == -3 and real(0, 1)("1") == 1
-    for parse, text, message in ((whole(1), "0", "0: must be at least 1"), (whole(1, 6), "7", "7: must be from 1 to 6"),
+    for parse, text, message in ((whole(1), "0", "0: must be at least 1"), (whole(1, 6), "7", "7: must be at most 6"),
                                  (whole(1), "1.5", "1.5: must be a whole number, at least 1"),
-                                 (whole(0), str(2**63), "must be at least 0"), (real(above=0), "0", "0: must be above 0"),
+                                 (whole(0), str(2**63), "must be at most 9223372036854775807"), (real(above=0), "0", "0: must be above 0"),
                                  (real(0, below=1), "1", "1: must be at least 0 and below 1"),
                                  (real(), "nan", "nan: must be a finite number")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{message}$" if text != str(2**63) else message):

@@ -378,7 +378,7 @@ def test_the_system_s_errors_are_not_the_file_s(tmp_path, monkeypatch, reader, n
 @pytest.mark.parametrize("reader", READERS)
 def test_a_file_that_is_not_there(tmp_path, reader):
     message = refusal(READERS[reader], tmp_path / "gone")
-    way_out = "is it the right path?" if reader == "checkpoint" else "extract the dataset again"
+    way_out = "give the path of one that is there" if reader == "checkpoint" else "extract the dataset again"
     assert message.endswith(f"no such file; {way_out}")
 
 

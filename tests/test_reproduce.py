@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def dry(tmp_path, monkeypatch):
         here = Path(arguments[arguments.index("--out") + 1])
         columns = {column: float(len(commands)) for column in ("full", "day-clear", "day-rain", "night")}
         result = {"mIoU": columns, "RMSE": columns}
-        here.parent.mkdir(parents=True, exist_ok=True)
+        here.mkdir(parents=True, exist_ok=True)
         if arguments[1] == "eval.py":
             Path(f"{here}.json").write_text(json.dumps([result]))
         if "experiments.corruptions" in arguments and "images" in arguments:
@@ -78,11 +79,12 @@ def test_a_claim_alone_runs_what_it_needs_in_order(dry, name):
 
 def test_a_finished_command_is_run_again_only_if_it_changed(dry):
     world, commands = dry
-    world.make("x", "probe.py --out a")
+    command = f"probe.py --out {world.folder}/x"
+    world.make("x", command)
     again = World(world.folder.parent, 5)
-    again.make("x", "probe.py --out a")
+    again.make("x", command)
     assert len(commands) == 1
-    again.make("x", "probe.py --out a --steps 2")
+    again.make("x", f"{command} --steps 2")
     assert len(commands) == 2
 
 
@@ -98,6 +100,12 @@ def test_what_needs_a_run_that_changed_is_run_again_too(dry, monkeypatch):
     again.note.write_text(again.note.read_text()[:40])  # cut short: what has finished is not known any more
     World(world.folder.parent, 5).run("cd")
     assert len(commands) == 8
+    shutil.rmtree(world.folder / "stage1")  # a run that is gone is made again
+    World(world.folder.parent, 5).run("cd")
+    assert [command[0] for command in commands[8:]] == ["stage1.py"]
+    monkeypatch.setattr(reproduce, "ENCODER", "miniature/world.py")  # another encoder as it was
+    World(world.folder.parent, 5).run("cd")
+    assert [command[0] for command in commands[9:]] == ["stage1.py", "stage2.py"]
 
 
 def test_numbers_of_other_frames_or_protocols_are_no_claim(dry, monkeypatch):
