@@ -134,6 +134,7 @@ def test_a_run_goes_on_with_moved_sources_and_not_with_others(world, copy, tmp_p
     assert not all(torch.equal(value, before[name]) for name, value in model_of(copy / "p").items())
 
 
+@pytest.mark.slow
 def test_runs_from_before_fingerprints_are_taken_with_a_line(world, copy, capsys):
     for name in ("s1", "s2", "p"):
         change(copy / name / "last.pth", lambda content: [content.pop(key, None) for key in ("made_from", "val")])
@@ -176,6 +177,7 @@ def test_a_head_is_never_put_on_another_encoder(copy, runs, capsys):
     assert (copy / "p/results.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_what_was_moved_together_is_found(runs, copy, capsys, monkeypatch):
     """The probe's checkpoint names an encoder by its path, which is not there any more."""
     gone = str(runs.parent / "gone")
@@ -192,6 +194,7 @@ def test_what_was_moved_together_is_found(runs, copy, capsys, monkeypatch):
     assert "its head was made from another encoder" in fails_with_one_line(capsys, evaluation.main, [*again, "--encoder", "miniature/encoder.pth"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["image_encoder", "point_encoder"])
 def test_unfinished_sources_are_said_wherever_they_are_used(world, copy, tmp_path, capsys, kind):
     source = copy / ("s2" if kind == "image_encoder" else "s1")
@@ -232,6 +235,7 @@ def test_a_result_of_other_data_has_a_file_of_its_own(world, copy, tmp_path, cap
     assert evaluate(copy / "p", "--data", indexed(shutil.copytree(world, tmp_path / "same")))[0] == json.loads(before) | {"run": str(copy / "p")}
 
 
+@pytest.mark.slow
 def test_mended_labels_and_a_cut_result_are_evaluated_anew(world, copy, tmp_path, capsys):
     data = indexed(shutil.copytree(world, tmp_path / "data"))
     change(copy / "p/last.pth", lambda content: content.update(data=str(data)))

@@ -132,6 +132,7 @@ def test_the_death_of_a_loading_process_is_one_line(tmp_path, death, computing):
     assert "fewer --workers" in err
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_dies_in_the_middle_of_a_message(tmp_path, monkeypatch):
     """Others could write the rest of that message, so the main process waits for it in C."""
     real = connection.Connection._send_bytes
@@ -192,6 +193,7 @@ def with_small_shared_memory(function, *args):
     function(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts as Linux has them")
 def test_a_small_shared_memory_is_one_line(tmp_path):
     run = Forked(tmp_path / "err", with_small_shared_memory, consume, Numbers(tensors=10))
@@ -209,6 +211,7 @@ def with_few_files(free, function, *args):
     function(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free, keep", [(15, False), (90, False), (90, True)])
 def test_a_low_limit_of_open_files_is_one_line(tmp_path, free, keep):
     """It ends in the loading process or, where batches are kept, in the one that works."""
@@ -282,6 +285,7 @@ def blocked(ready, guarded):
         libc.pthread_mutex_lock(mutex)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a mutex as Linux has it")
 @pytest.mark.parametrize("name, guarded", [("SIGTERM", True), ("SIGINT", False)])
 def test_a_second_signal_ends_a_run_that_is_blocked(tmp_path, name, guarded):
@@ -312,6 +316,7 @@ def test_under_torchrun_a_signal_may_come_again_after_a_second(tmp_path, monkeyp
     assert run.end()[0] == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_signal_of_an_earlier_loop_is_not_the_first_of_this_one(tmp_path):
     def twice():
         endings.obey_second_signal()
@@ -327,6 +332,7 @@ def test_a_signal_of_an_earlier_loop_is_not_the_first_of_this_one(tmp_path):
     assert code == 0 and step_of(tmp_path) == 2, err
 
 
+@pytest.mark.slow
 def test_signals_of_forked_processes_are_their_own(tmp_path):
     def parent():
         endings.obey_second_signal()
