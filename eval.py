@@ -175,9 +175,10 @@ class Evaluation:
                               max_depth=None if labels else DEPTHS[1], every_point=args["cameras"] == "scan")
 
         frames = training.by_first_process(lambda: with_files(index, rows, labels))
-        self.own = say_other_frames(self.probe, path, frames)
-        if "val" not in self.probe:  # from before fingerprints
-            self.own = data is None or os.path.realpath(data) == os.path.realpath(self.probe["data"])
+        val, same = self.probe.get("val"), say_other_frames(self.probe, path, frames)
+        at_home = data is None or os.path.realpath(data) == os.path.realpath(data_of(self.probe, path))
+        # Its own dataset with mended files is its own still. Without val the probe is from before fingerprints
+        self.own = same or at_home and (val is None or val | {"files": None} == frames | {"files": None})
         self.made_from = {
             "probe": {"step": self.probe["step"], "weights": of_weights(torch.nn.ModuleList([self.encoder, self.head]))},
             "encoder": self.probe.get("made_from", {}).get("encoder", {}),

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval as evaluation
 import export
@@ -232,6 +233,13 @@ def test_a_result_of_other_data_has_a_file_of_its_own(world, copy, tmp_path, cap
     assert (copy / "p/results.json").read_text() == before
     monkeypatch.setattr(evaluation, "measure", None)  # from here on nothing is evaluated
     assert evaluate(copy / "p", "--data", other) == [result]
+    fog = indexed(shutil.copytree(world, tmp_path / "fog"))  # under the same tables
+    image = max((fog / "samples/CAM_FRONT").iterdir())
+    Image.open(image).save(image, quality=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "measure", lambda *_: result)
+        evaluate(copy / "p", "--data", fog)
+    assert len(list((copy / "p").glob("results*.json"))) == 3 and (copy / "p/results.json").read_text() == before
     assert evaluate(copy / "p", "--data", indexed(shutil.copytree(world, tmp_path / "same")))[0] == json.loads(before) | {"run": str(copy / "p")}
 
 
@@ -252,7 +260,8 @@ def test_mended_labels_and_a_cut_result_are_evaluated_anew(world, copy, tmp_path
     assert second["mIoU"]["night"] is None and second["mIoU"]["day-clear"] == first["mIoU"]["day-clear"]
     assert "| no labels |" in printed and "nan" not in printed.lower()
     strict = json.JSONDecoder(parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert strict.decode(max((copy / "p").glob("results-*.json")).read_text()) == second  # other labels are other data
+    assert strict.decode((copy / "p/results.json").read_text()) == second
+    assert "judged on other frames than its own" in printed and len(list((copy / "p").glob("results*.json"))) == 1
 
 
 def result(run="a", frames=6, **protocol):
