@@ -112,7 +112,7 @@ def located(source, was, now):
     return moved if os.path.exists(moved) else source
 
 
-WRAPPERS = r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+WRAPPERS = r"(?:^|(?<=\.))(?:module|_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 
 def unwrapped(state, subject):

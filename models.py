@@ -290,7 +290,7 @@ def encoder_weights(content, source):
     """The image encoder's state dict out of what a file of weights holds, in the encoder's own names.
 
     A training checkpoint's teacher is taken before its student (DINO, iBOT, DINOv2); what wraps the encoder is taken off its
-    names (DataParallel, MoCo's query encoder, Depth Anything's and CLIP's models); heads on top of it are left out.
+    names (DataParallel, Lightning, MoCo's query encoder, Depth Anything's and CLIP's models); heads on top of it are left out.
     """
     for key in ("teacher", "student", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -298,7 +298,7 @@ def encoder_weights(content, source):
     if not isinstance(content, dict):
         raise InputError(f"{source}: holds a {type(content).__name__} and no state dict")
     content = unwrapped(content, source)
-    for prefix in ("teacher.", "student.", "encoder_q.", "backbone.", "pretrained.", "visual."):
+    for prefix in ("model.", "teacher.", "student.", "encoder_q.", "backbone.", "pretrained.", "visual."):
         content = strip(content, prefix)
     # DINOv2's training numbers the blocks inside chunks: blocks.1.7 is block 7
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in content.items()

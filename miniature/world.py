@@ -351,7 +351,7 @@ def main():
                         help="pixels; the horizontal field of view is 90 degrees (default 80 160)")
     parser.add_argument("--beams", type=whole(2), default=32, help="LiDAR beams from -30.67 to 10.67 degrees (default 32)")
     parser.add_argument("--azimuths", type=whole(2), default=180, help="LiDAR steps over its field of view (default 180)")
-    parser.add_argument("--lidar-fov", type=real(most=360, above=0), default=100.,
+    parser.add_argument("--lidar-fov", type=real(1, 360), default=100.,
                         help="LiDAR's field of view around the front, degrees (default 100)")
     parser.add_argument("--cameras", type=whole(1, 6), default=1,
                         help="1 to 6, in this order: " + ", ".join(CAMERAS) + " (default 1)")

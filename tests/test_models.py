@@ -172,10 +172,12 @@ def test_what_a_hub_or_an_installation_lacks_is_one_line(monkeypatch, tmp_path):
                                for k, v in state.items()}},
     lambda state: state | {"head.weight": torch.ones(2, 2)},
     lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    lambda state: {"state_dict": {f"_forward_module.model.{k}": v for k, v in state.items()}},
     lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
     lambda state: {"teacher": {"backbone._fsdp_wrapped_module." + k.replace("blocks.", "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module."): v
                                for k, v in state.items()}},
 ], ids=["DataParallel", "student", "teacher before student", "names of both", "blocks in chunks", "a head", "compiled",
+        "Lightning",
         "compiled and DDP", "FSDP and checkpointed"])
 def test_wrapped_weights_are_recognised(small, tmp_path, wrap):
     torch.save(wrap(small), tmp_path / "weights.pth")
