@@ -248,9 +248,9 @@ def parse(argv=None):
     def add(names, flag, **options):
         for name in names:
             parsers[name].add_argument(flag, **options)
-    add(images, "--encoders", nargs="+", action=Distinct, required=True, help="names of encoders, or folders of stage 2")
+    add(images, "--encoders", nargs="+", required=True, help="names of encoders, or folders of stage 2")
     add(images, "--weights", help="file with the weights of those given by name, or 'random' (default: the released ones)")
-    add(probes, "probes", nargs="+", action=Distinct, help="folders that probe.py wrote")
+    add(probes, "probes", nargs="+", help="folders that probe.py wrote")
     add(scans, "--encoder", required=True, help="stage 1's folder, or ScaLR's model.pth")
     add(images + scans, "--data", required=True, help="nuScenes root")
     add(images + scans, "--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")

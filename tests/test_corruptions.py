@@ -2,6 +2,7 @@
 import functools
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -222,9 +223,11 @@ def probes(world, tmp_path_factory):
 
 @pytest.mark.slow
 def test_probes_on_corrupted_images(world, probes, tmp_path, capsys):
-    names = [str(probes / task) for task in ("seg", "depth", "depth")]
+    shutil.copytree(probes / "depth", tmp_path / "again")
+    names = [str(probes / "seg"), str(probes / "depth"), str(tmp_path / "again"), f"{probes}/./seg"]  # the last one is the first
     corruptions.main(["images", *names, "--severity", "5", "--out", str(tmp_path / "table"), "--workers", "0", "--device", "cpu"])
     rows = json.loads((tmp_path / "table.json").read_text())
+    assert len(rows) == 3
     device = torch.device("cpu")
     for row, metric in zip(rows, ("mIoU", "RMSE", "RMSE")):
         assert list(row["results"]) == ["clean", "fog", "gaussian_noise", "motion_blur"] and row["severity"] == 5
@@ -232,7 +235,7 @@ def test_probes_on_corrupted_images(world, probes, tmp_path, capsys):
         dataset = functools.partial(CorruptedImages, corruption="fog", severity=5)
         assert row["results"]["fog"] == evaluation.evaluate(row["run"], device, workers=0, dataset=dataset)
         assert len({result[metric]["full"] for result in row["results"].values()}) == 4
-    assert rows[1]["results"] == rows[2]["results"]
+    assert [result["RMSE"] for result in rows[1]["results"].values()] == [result["RMSE"] for result in rows[2]["results"].values()]
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| RMSE [m], lower is better; severity 5 | clean | fog | gaussian_noise | motion_blur |" in text
