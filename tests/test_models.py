@@ -243,6 +243,7 @@ def test_the_scripts_loops_do_without_the_checks(world, first, tmp_path, monkeyp
     stage2.main(stage2_args(world, first, tmp_path / "s2", "--steps", "1"))
     probe.main(probe_args(world, "seg", tmp_path / "s2", tmp_path / "p", "--steps", "1"))
     evaluation.main([str(tmp_path / "p"), "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "table")])
+    assert (tmp_path / "p/results.json").is_file()
 
 
 def test_after_unwrapping_the_load_is_strict(small, tmp_path):
