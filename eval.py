@@ -155,8 +155,8 @@ def say_other_frames(probe, path, frames):
 class Evaluation:
     """A probe, and the frames of the validation split that it is to be judged on.
 
-    data: root of the dataset, and encoder_at: place of the encoder (default: the probe's own). dataset: a subclass of Frames that changes what a sensor gives, or
-    None. `made_from` is what a result of both is made from; `own` is whether the frames are those of the probe's own dataset.
+    data: root of the dataset, and encoder_at: place of the encoder (default: the probe's own). dataset: a subclass of Frames
+    that changes what a sensor gives, or None. `made_from` is what a result of both is made from; `own` is whether the frames are those of the probe's own dataset.
     Raises InputError as `load_probe`, and where a file of the frames is missing.
     """
 
@@ -169,7 +169,7 @@ class Evaluation:
         labels = self.task != "depth"
         load, dataset = (load_nuimages, LabelledImages) if self.task == "nuimages" else (load_index, dataset or Frames)
         with training.first_process_first():
-            index = load(data or data_of(self.probe, path), args["version"], look=False)
+            index = load(data or data_of(self.probe, path), args["version"], look=None)
         rows = index.select("val")
         self.frames = dataset(index, rows, args["cameras"], self.image_size, cloud, labels=labels,
                               max_depth=None if labels else DEPTHS[1], every_point=args["cameras"] == "scan")

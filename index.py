@@ -125,8 +125,8 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
     """The `Index` of a nuScenes root, from the cache if the tables have not changed since it was written.
 
     It is built by this file run as a script unless `here`, so that a training process never holds the devkit's tables.
-    look: look at every file anew. Without (only training does so) the cache is trusted: of its frames only those that were bad
-    are looked at. Raises InputError for a wrong root or version and for files that the tables name but that are not there. A
+    look: look at every file anew; None: at the tables only, where the caller looks at the files that it needs. With False (only
+    training does so) the cache is trusted: of its frames only those that were bad are looked at. Raises InputError for a wrong root or version and for files that the tables name but that are not there. A
     frame whose scan is cut short or whose calibration is no pose is `bad`.
     """
     root = Path(root).resolve()
@@ -136,7 +136,7 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
         raise InputError(f"--data {root}: " + (
             f"no --version {version}; there is {', '.join(there)}" if there else
             "not a nuScenes root (no folder v1.0-*); download nuScenes, or make the miniature world with demo.py"))
-    fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version), look)
+    fields = cached(Index, root, [tables], __file__, ["--version", version], here, lambda: _read_tables(str(root), version), look is not False)
     index = Index(root=str(root), cameras=[c.decode() for c in fields.pop("cameras")], **fields)
     if look:
         with damage_named(root, version):
@@ -144,7 +144,7 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
         all_there(root, [path for path in (*index.lidar, *index.lidarseg, *index.image.flat) if path])
     reasons = index.bad.tolist()
     posed = _posed(index.cam_from_lidar, index.intrinsics)
-    for row in np.flatnonzero(posed & (look | (index.bad != b""))):  # a file may be damaged or repaired since
+    for row in np.flatnonzero(posed & (bool(look) | (index.bad != b""))):  # a file may be damaged or repaired since
         paths = index.lidar[row].decode(), index.lidarseg[row].decode(), np.char.decode(index.image[row])
         reasons[row] = _damage(root, *paths).encode()
     index.bad = np.array(reasons, np.bytes_)

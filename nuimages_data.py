@@ -150,7 +150,7 @@ def load_nuimages(root, version=None, here=False, look=True):
         raise InputError(f"--data {root}: not a nuImages root: no v1.0-train or v1.0-val with an object_ann.json"
                          + (f"; there is {there}" if there else "") + "; download nuImages, or make a miniature one with "
                          "miniature/world.py --dataset nuimages")
-    fields = cached(ImageIndex, root, tables, __file__, [], here, lambda: _read_tables(root, tables), look)
+    fields = cached(ImageIndex, root, tables, __file__, [], here, lambda: _read_tables(root, tables), look is not False)
     if look:
         if empty := [file for file in all_there(root, fields["image"]) if file.stat().st_size == 0]:
             raise InputError(f"--data {root}: {len(empty)} images are empty, the first is {empty[0].relative_to(root)}; extract it again")

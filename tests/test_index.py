@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -113,6 +114,12 @@ def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(tmp_p
         index.main()
     assert f"the first is {image.relative_to(root)}" in capsys.readouterr().err
     assert (index.load_index(root, look=False).bad == b"").all()
+    table = root / "v1.0-trainval/scene.json"
+    date = table.stat().st_mtime_ns
+    table.write_text(table.read_text().replace("Night", "Light"))  # another content of the same size and date
+    os.utime(table, ns=(date, date))
+    nights = [(index.load_index(root, here=True, look=look).condition == 2).sum() for look in (False, None)]
+    assert nights[0] > 0 == nights[1]
 
 
 def test_second_start_reads_the_cache_alone(world, monkeypatch):
