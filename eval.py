@@ -127,6 +127,12 @@ def folder_of(path):
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
+def result_name(path):
+    """Name of the file of a probe's result: results, or results-best of best.pth."""
+    path = Path(path)
+    return "results" if path.is_dir() or path.name == "last.pth" else f"results-{path.stem}"
+
+
 def data_of(probe, path):
     """Where the dataset of a probe is whose checkpoint is at `path`."""
     return located(probe["data"], probe["encoder"].get("folder"), folder_of(path))
@@ -186,12 +192,10 @@ class Evaluation:
 
     def stored_at(self):
         """The file of the result: results.json, results-best.json of best.pth; with a hash, of other frames than its own."""
-        path, name = Path(self.path), "results"
-        if path.is_file() and path.name != "last.pth":
-            name += f"-{path.stem}"
+        name = result_name(self.path)
         if not self.own:
             name += f"-{digest([repr(self.made_from['frames']).encode()])[:8]}"
-        return folder_of(path) / f"{name}.json"
+        return folder_of(self.path) / f"{name}.json"
 
 
 def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=None):
@@ -304,8 +308,7 @@ def unchecked(path):
     source = {} if probe.get("backbone") else source_in(probe, path)
     sources = [data_of(probe, path)] + ([source[place_of(source)]] if source else [])
     gone = [place for place in sources if os.path.isabs(place) and not os.path.exists(place)]
-    name = "results" if path.is_dir() or path.name == "last.pth" else f"results-{path.stem}"
-    stored = read_json(folder_of(path) / f"{name}.json") if gone else None
+    stored = read_json(folder_of(path) / f"{result_name(path)}.json") if gone else None
     metric = "RMSE" if probe["task"] == "depth" else "mIoU"
     if not isinstance(stored, dict) or not isinstance(stored.get(metric), dict) or stored.get("step") != probe["step"]:
         return None

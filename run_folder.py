@@ -81,7 +81,9 @@ def _bytes(content):
 def find_last(args, made_from=None):
     """The newest whole checkpoint of the run in --out, finished or not, or None. Raises InputError if it was another run.
 
-    made_from: {source: fingerprint} of the run that is to go on: another run has other ones, or other arguments. A last.pth that cannot be read is named and set aside, and previous.pth is taken. With --restart another run's files are set
+    made_from: {source: fingerprint} of the run that is to go on: another run has other ones, or other arguments.
+
+    A last.pth that cannot be read is named and set aside, and previous.pth is taken. With --restart another run's files are set
     aside too, into OUT/replaced-N.
     """
     out = Path(args.out)
