@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from errors import InputError, say
-from files import WAYS_OUT, looks_like, unreadable
+from readers.files import WAYS_OUT, looks_like, unreadable
 
 NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # the function that makes a number of its type and bytes
 ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,

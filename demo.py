@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from arguments import SEED, Distinct, Parser
+from plumbing.arguments import SEED, Distinct, Parser
 from errors import one_line_errors
 from run_folder import write_json
 

@@ -37,7 +37,7 @@ FAULTS = (
     (r"DataLoader worker .* signal: Killed", MEMORY),
     (r"[Cc]an(?:no|')t allocate memory|^MemoryError", MEMORY),
     (r"received 0 items of ancdata|Too many open files|Pin memory thread exited", FILES),
-    (r"DataLoader worker .* exit code 24\b", FILES),  # EMFILE, see endings.py
+    (r"DataLoader worker .* exit code 24\b", FILES),  # EMFILE, see plumbing/endings.py
     (r"DataLoader worker .* (signal: [\w ]+|exit code \d+|exited unexpectedly)", CRASH),
     (r"can't start new thread|Resource temporarily unavailable", PROCESSES),
     (r"CUDA out of memory|CUDA error: out of memory", GPU_MEMORY),

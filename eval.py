@@ -16,12 +16,12 @@ import torch
 from tqdm import tqdm
 
 import training
-from arguments import WORKERS, Parser
+from plumbing.arguments import WORKERS, Parser
 from checkpoints import load_checkpoint, load_strictly, located, say_if_unfinished
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors, say
-from fingerprint import check, differences, digest, of_weights, with_files
+from plumbing.fingerprint import check, differences, digest, of_weights, with_files
 from index import CONDITIONS, load_index
 from models import linear_head, load_image_encoder, source_in
 from nuimages_data import LabelledImages, load_nuimages

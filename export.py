@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arguments import COUNT, Parser
+from plumbing.arguments import COUNT, Parser
 from checkpoints import load_checkpoint, say_if_unfinished
 from errors import InputError, one_line_errors
 from models import encoder_of

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import Parser
+from plumbing.arguments import Parser
 from errors import InputError, one_line_errors
-from fingerprint import digest
+from plumbing.fingerprint import digest
 
 UNKNOWN = 255  # class of a fine label that no category has
 FORMAT = 5  # of the cache: count up when what is stored changes
@@ -75,7 +75,7 @@ class Index:
         return rows
 
     def fingerprint(self, rows, labels=False):
-        """What these frames, and their labels if asked for, are according to the tables: see fingerprint.py."""
+        """What these frames, and their labels if asked for, are according to the tables: see plumbing/fingerprint.py."""
         parts = [b"\n".join(self.record[rows])]
         if labels:
             parts += [b"\n".join(self.lidarseg[rows]), self.coarse.tobytes()]
@@ -364,7 +364,7 @@ def _damage(root, scan, labels, images):
     size = _size(root, scan)
     if size % 20 == 0 and (not labels or _size(root, labels) * 20 == size):
         return ""
-    from files import looks_like, other_layout, way_out, wider_labels  # here: only what is damaged needs it
+    from readers.files import looks_like, other_layout, way_out, wider_labels  # here: only what is damaged needs it
     content = Path(root, scan).read_bytes()
     guess = looks_like(content) or other_layout(content) or (labels and wider_labels(_size(root, labels), size / 20))
     return f"{scan} has {size} bytes, not 20 a point" + (f" with one label each in {labels}" if labels else "") + f"; {way_out(guess)}"

@@ -14,10 +14,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-from arguments import COUNT
+from plumbing.arguments import COUNT
 from checkpoints import check_fit, check_kind, load_strictly, located, read, say_if_unfinished, strip, unwrapped
 from errors import InputError
-from fingerprint import of_weights
+from plumbing.fingerprint import of_weights
 from vit import ViT, on_the_grid_of
 
 IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
@@ -190,7 +190,7 @@ class ImageEncoder(nn.Module):
         return {name: value.reshape(shape) for (name, shape), value in named}
 
     def fingerprint(self):
-        """What this encoder is, wherever its weights came from: see fingerprint.py."""
+        """What this encoder is, wherever its weights came from: see plumbing/fingerprint.py."""
         return {"name": self.spec["name"], "feature": self.spec["feature"], "weights": of_weights(self.backbone)}
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from arguments import Parser
+from plumbing.arguments import Parser
 from data import next_good, read_image
 from errors import InputError, one_line_errors
-from fingerprint import digest
+from plumbing.fingerprint import digest
 from index import CLASSES as NUSCENES_CLASSES
 from index import all_there, as_bytes, cached, check_files, damage_named
 
@@ -51,7 +51,7 @@ class ImageIndex:
         return rows
 
     def fingerprint(self, rows, labels=True):
-        """What these images and their masks are according to the tables: see fingerprint.py."""
+        """What these images and their masks are according to the tables: see plumbing/fingerprint.py."""
         parts = [b"\n".join(self.image[rows]), self.image_size[rows].astype("<i8").tobytes()]
         for row in rows:
             begin, end = self.first[row], self.first[row + 1]

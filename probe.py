@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import models
 import training
-from arguments import COUNT, POSITIVE, RATE, Parser
+from plumbing.arguments import COUNT, POSITIVE, RATE, Parser
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors, say
-from fingerprint import with_files
+from plumbing.fingerprint import with_files
 from index import CLASSES, load_index
 from nuimages_data import CLASSES as NUIMAGES
 from nuimages_data import LabelledImages, load_nuimages

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import read
-from endings import obey_second_signal
+from plumbing.endings import obey_second_signal
 from errors import InputError, say
-from fingerprint import differences
+from plumbing.fingerprint import differences
 from training import rank, sum_over_processes, world
 
 # Arguments that a resumed run may be given anew, and those that say where a source is, which is known by its fingerprint

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import models
 import training
-from arguments import COUNT, POSITIVE, RATE, Distinct, Parser, whole
+from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, whole
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import distillation_loss, sample_features
 from errors import InputError, one_line_errors

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 import models
 import training
-from arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
+from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
 from data import CLOUD, Frames, collate
 from distill import distillation_loss, feature_spread, sample_features
 from errors import InputError, one_line_errors, say
-from fingerprint import check
+from plumbing.fingerprint import check
 from index import CONDITIONS, load_index
 from run_folder import Log, Saver, check_finite, find_last
 from waffleiron import load_waffleiron

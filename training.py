@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from arguments import COUNT, RATE, SEED, WORKERS
-from endings import Loader, allow_open_files, obey_second_signal
+from plumbing.arguments import COUNT, RATE, SEED, WORKERS
+from plumbing.endings import Loader, allow_open_files, obey_second_signal
 from errors import InputError
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints import check_fit, check_kind, load_strictly, read, say_if_unfinished, unwrapped
 from errors import InputError
-from fingerprint import of_weights
+from plumbing.fingerprint import of_weights
 
 GRIDS = ((256, 256), (256, 32), (256, 32))   # cells (H, W) of the planes with normal axis z, y, x
 
@@ -262,7 +262,7 @@ class WaffleIron(nn.Module):
         return x + self.drop_path(self.channel_mix[i](x), batch, clouds)
 
     def fingerprint(self):
-        """What this encoder is, wherever its weights came from: see fingerprint.py."""
+        """What this encoder is, wherever its weights came from: see plumbing/fingerprint.py."""
         return {"name": f"WI-{self.spec['depth']}-{self.spec['channels']}", "weights": of_weights(self)}
 
     def drop_path(self, branch, batch, clouds):

@@ -43,12 +43,12 @@ import models
 import stage1
 import stage2
 import training
-from arguments import POSITIVE, Parser, whole
+from plumbing.arguments import POSITIVE, Parser, whole
 from checkpoints import read, say_if_unfinished
 from data import Frames, collate
 from distill import distillation_loss, features_at_points
 from errors import InputError, one_line_errors
-from fingerprint import check, of_weights
+from plumbing.fingerprint import check, of_weights
 from index import CLASSES, CONDITIONS, load_index
 from probe import probe_loss
 from run_folder import Log, Saver, check_finite, find_last, save

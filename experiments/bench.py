@@ -35,10 +35,10 @@ from scipy.spatial import cKDTree
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-import files
+from readers import files
 import models
 import training
-from arguments import COUNT, Distinct, Parser, whole
+from plumbing.arguments import COUNT, Distinct, Parser, whole
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import DIRECTIONS, distillation_loss, sample_features
 from errors import one_line_errors

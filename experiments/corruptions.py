@@ -39,7 +39,7 @@ from scipy.ndimage import correlate1d
 import eval as evaluation
 import stage2
 import training
-from arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
+from plumbing.arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
 from checkpoints import load_checkpoint
 from data import Frames
 from errors import InputError, one_line_errors

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from arguments import SEED, Distinct, Parser
+from plumbing.arguments import SEED, Distinct, Parser
 from demo import PROBES, STAGE1, STAGE2
 from errors import InputError, one_line_errors
 from eval import not_comparable
-from fingerprint import digest
+from plumbing.fingerprint import digest
 from run_folder import read_json, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure  # without pyplot: no window, no list of op
 from sklearn import manifold, metrics
 
 import training
-from arguments import COUNT, SEED, Distinct, Parser, real, whole
+from plumbing.arguments import COUNT, SEED, Distinct, Parser, real, whole
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import sample_features
 from errors import InputError, one_line_errors
 from eval import NOT_AT_NIGHT, confusion_matrix, data_of, depth_sums, load_probe, mean_iou, rmse, say_other_frames
-from fingerprint import with_files
+from plumbing.fingerprint import with_files
 from index import CLASSES, CONDITIONS, load_index
 from models import ENCODERS, IMAGE_SIZE, load_image_encoder
 from waffleiron import load_waffleiron

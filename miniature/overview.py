@@ -18,12 +18,12 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from arguments import Parser, whole
+from plumbing.arguments import Parser, whole
 from data import Frames
 from index import CLASSES, CONDITIONS, load_index
 from errors import InputError, one_line_errors
 from eval import data_of, load_probe, say_other_frames
-from fingerprint import with_files
+from plumbing.fingerprint import with_files
 
 COLORS = dict(zip(CLASSES, np.array([  # RGB by class; distinct hues for classes that touch
     (0, 0, 0), (112, 128, 144), (220, 20, 60), (0, 170, 200), (255, 158, 0), (233, 150, 70), (255, 61, 99), (0, 0, 230),

@@ -18,7 +18,7 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
-from arguments import COUNT, POSITIVE, SEED, Parser, real
+from plumbing.arguments import COUNT, POSITIVE, SEED, Parser, real
 from data import read_image
 from errors import InputError, one_line_errors
 from index import load_index

@@ -30,7 +30,7 @@ from pyquaternion import Quaternion
 from scipy.ndimage import label as connected_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: the repository's root
-from arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
+from plumbing.arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
 from errors import InputError, one_line_errors  # noqa: E402
 from miniature.optics import draw_weather, lidar_rig, render, scan  # noqa: E402
 from miniature.street import BARRIER, BUS, CAR, CATEGORIES, LANE, PEDESTRIAN, ROAD, TRUCK, Street  # noqa: E402

@@ -11,7 +11,7 @@ import nuimages_data
 import probe
 import stage1
 import stage2
-from arguments import Distinct, Parser, real, whole
+from plumbing.arguments import Distinct, Parser, real, whole
 from experiments import ablations, bench, corruptions, reproduce, visualize
 from miniature import overview, pretrain, world
 from test_scripts import fails_with_one_line
@@ -53,7 +53,7 @@ def test_every_number_of_every_script_refuses_what_means_nothing(name, monkeypat
         for action in parser._actions:
             if action.type in (int, float):
                 assert action.choices, action.option_strings  # plain numbers are only for choices
-            elif action.type and action.type.__module__ == "arguments":
+            elif action.type and action.type.__module__ == "plumbing.arguments":
                 for text in ("nan", "inf", "-inf", "1e999", "x", "", "-1e18" if action.dest != "point" else "x"):
                     with pytest.raises(argparse.ArgumentTypeError):
                         action.type(text)

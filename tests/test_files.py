@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import checkpoints
-import files
+from readers import files
 from data import CLOUD, Frames
 from errors import InputError
 from experiments import bench
-from files import TOO_FEW, read_image, read_labels, read_scan
+from readers.files import TOO_FEW, read_image, read_labels, read_scan
 from index import load_index
 
 

@@ -16,7 +16,7 @@ import stage2
 import training
 from errors import InputError
 from experiments import corruptions
-from fingerprint import differences, digest, of_weights
+from plumbing.fingerprint import differences, digest, of_weights
 from index import load_index
 from models import load_image_encoder
 from test_scripts import fails_with_one_line, model_of, probe_args, stage1_args, stage2_args

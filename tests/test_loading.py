@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import data
-import endings
+from plumbing import endings
 import stage1
 import training
 from conftest import ROOT
