@@ -1,7 +1,8 @@
-"""A driving frame: LiDAR-to-pixel projection, the 3D encoder's inputs, augmentation, ragged batches.
+"""A driving frame: LiDAR-to-pixel projection, augmentation, the 3D encoder's inputs, batches.
 
-Everything here is NumPy on the CPU, one frame and one camera at a time; `collate` makes the batch of tensors.
-Pixels are (row, col) of the *resized* image and may be fractional; distances are metres; clouds are points-first.
+Everything here is NumPy on the CPU, one frame and one camera at a time; `collate` makes the batch
+of tensors. Pixels are (row, col) of the *resized* image and may be fractional. Distances are
+metres. Clouds are points-first.
 """
 import os
 
@@ -14,23 +15,30 @@ from readers.files import read_image, read_labels, read_scan
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
 
-# How a LiDAR scan becomes the 3D encoder's input (ScaLR, supplement B.2, and its released configuration): half extents
-# along x, y, z [m]; side of the planes' cells [m]; side of the voxels of which one point is kept [m]; how many points at
-# most, the ones nearest to a random one; neighbours of a point; mean and standard deviation of intensity on nuScenes.
-CLOUD = {"fov": (64.0, 64.0, 8.0), "cell": 0.5, "voxel": 0.1, "max_points": 20000, "neighbors": 16,
-         "intensity": (18.742355, 22.04632)}
+# How a LiDAR scan becomes the 3D encoder's input (ScaLR, supplement B.2, and its configuration)
+CLOUD = {
+    "fov": (64.0, 64.0, 8.0),  # half extents along x, y, z [m]
+    "cell": 0.5,               # side of the planes' cells [m]
+    "voxel": 0.1,              # side of the voxels of which one point is kept [m]
+    "max_points": 20000,       # at most so many points: the ones nearest to a random one
+    "neighbors": 16,           # of a point, in the embedding
+    "intensity": (18.742355, 22.04632),  # mean and standard deviation on nuScenes
+}
 
 
-# ---- one frame ----
+# ---- what a camera sees --------------------------------------------------------------------------
 
 def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     """The points that a camera sees.
 
-    Args: xyz [N, 3] in the LiDAR's frame, cam_from_lidar [4, 4], intrinsics [3, 3], size = (H, W) of the raw image.
-    Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres. A point is visible if it
-    is more than min_depth away and 0 < row < H-1, 0 < col < W-1 (nuscenes-devkit's rule, whose margin is 1).
+    Args:
+        xyz: [N, 3] in the LiDAR's frame. cam_from_lidar: [4, 4]. intrinsics: [3, 3].
+        size: (H, W) of the raw image.
+    Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres.
+    A point is visible if it is more than min_depth away and 0 < row < H-1, 0 < col < W-1
+    (nuscenes-devkit's rule, whose margin is 1).
     """
-    camera = cam_from_lidar[:3, :3] @ xyz.T + cam_from_lidar[:3, 3:]      # [3, N]
+    camera = cam_from_lidar[:3, :3] @ xyz.T + cam_from_lidar[:3, 3:]  # [3, N]
     ahead = np.flatnonzero(camera[2] > min_depth)
     col, row, depth = intrinsics @ camera[:, ahead]
     row, col = row / depth, col / depth
@@ -38,8 +46,21 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     return ahead[inside], np.column_stack([row[inside], col[inside]]), depth[inside]
 
 
+def nearest_per_pixel(pixels, depths):
+    """Numbers of the points that remain when each (whole) pixel keeps its nearest point only."""
+    order = np.argsort(depths, kind="stable")
+    whole = np.floor(pixels[order]).astype(np.int64)
+    first = np.unique(whole, axis=0, return_index=True)[1]
+    return np.sort(order[first])
+
+
+# ---- what the 3D encoder gets --------------------------------------------------------------------
+
 def rotate_and_flip(xyz, rng):
-    """ScaLR's augmentation (Sec. 4.2): a rotation about z by U(-pi, pi), with probability 2/3 a flip of one of x, y."""
+    """ScaLR's augmentation (Sec. 4.2) of points [N, 3].
+
+    A rotation about z by U(-pi, pi), then with probability 2/3 a flip of one of x and y.
+    """
     angle = rng.uniform(-np.pi, np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
@@ -55,16 +76,18 @@ def inside_fov(xyz, fov):
 
 
 def one_per_voxel(xyz, voxel, rng=None):
-    """Numbers of the points kept, one per occupied voxel: a random one, or the first where rng is None."""
+    """Numbers of the points kept, one a voxel: a random one, or the first where rng is None."""
     order = np.arange(len(xyz)) if rng is None else rng.permutation(len(xyz))
-    key = np.floor(xyz[order] / voxel).astype(np.int64) + 2**20  # three numbers of 21 bits, so sorting is 1-D
-    _, first = np.unique((key[:, 0] << 42) | (key[:, 1] << 21) | key[:, 2], return_index=True)
+    # A voxel's three numbers of 21 bits make one, so that sorting is 1-D
+    x, y, z = (np.floor(xyz[order] / voxel).astype(np.int64) + 2**20).T
+    _, first = np.unique((x << 42) | (y << 21) | z, return_index=True)
     return np.sort(order[first])
 
 
 def nearest_to(xyz, center, count):
     """Numbers of the `count` points nearest to `center` [3], in their own order."""
-    return np.sort(np.argpartition(((xyz - center) ** 2).sum(1), count - 1)[:count])
+    squares = ((xyz - center) ** 2).sum(1)
+    return np.sort(np.argpartition(squares, count - 1)[:count])
 
 
 def plane_sizes(fov, cell):
@@ -81,140 +104,194 @@ def plane_cells(xyz, fov, cell):
 
 
 def nearest_neighbors(xyz, count):
-    """The `count` nearest other points of each point: int64 [N, count]. Small clouds repeat the ones that they have."""
+    """The `count` nearest other points of each point: int64 [N, count].
+
+    Small clouds repeat the ones that they have; a single point is its own neighbour.
+    """
     available = min(count, len(xyz) - 1)
     if available < 1:
         return np.zeros((len(xyz), count), np.int64)
-    ranks = [1, *(np.arange(count) % available + 2)]
-    found = cKDTree(xyz).query(xyz, k=ranks)[1]  # [N, 1 + count]
-    first, others, itself = found[:, :1], found[:, 1:], np.arange(len(xyz))[:, None]
-    return np.where(others == itself, first, others)  # where the first is another point, it is at the same place
+    ranks = [1, *(np.arange(count) % available + 2)]  # the first found is the point itself, but:
+    found = cKDTree(xyz).query(xyz, k=ranks)[1]       # [N, 1 + count]
+    first, others = found[:, :1], found[:, 1:]
+    itself = np.arange(len(xyz))[:, None]
+    # where two points are at the same place, the first may be the other one
+    return np.where(others == itself, first, others)
 
 
 def point_features(xyz, intensity, mean, std):
     """[N, 5]: standardised intensity, x, y, z, radius (ScaLR, supplement B.2)."""
-    return np.column_stack([(intensity - mean) / std, xyz, np.linalg.norm(xyz, axis=1)]).astype(np.float32)
+    radius = np.linalg.norm(xyz, axis=1)
+    return np.column_stack([(intensity - mean) / std, xyz, radius]).astype(np.float32)
 
 
-def nearest_per_pixel(pixels, depths):
-    """Numbers of the points that remain when of all points on one (whole) pixel only the nearest is kept."""
-    order = np.argsort(depths, kind="stable")
-    first = np.unique(np.floor(pixels[order]).astype(np.int64), axis=0, return_index=True)[1]
-    return np.sort(order[first])
+# ---- items ---------------------------------------------------------------------------------------
+
+def take(points, rows):
+    """These rows of all per-point fields {name: [N, ...]}."""
+    return {name: values[rows] for name, values in points.items()}
 
 
 class Frames(torch.utils.data.Dataset):
     """Views of the frames `rows` of an `Index`; `frames[epoch, number]` is one view.
 
     Args:
-        cameras: "random" (one of a frame's, drawn anew each epoch), "all" (an item for each), a channel name, or "scan": the
-            whole LiDAR scan, without image and pixels.
+        cameras: "random" (one of a frame's, drawn anew each epoch), "all" (an item for each), a
+            channel name, or "scan": the whole LiDAR scan, without image and pixels.
         image_size: (H, W) that images are resized to. None: no image.
-        cloud: as `CLOUD`, for the 3D encoder's inputs; None: all visible points, no inputs of the 3D encoder.
-        training: a random point of each voxel; False: the first. augment: rotate and flip the cloud.
-        labels: read lidarseg. max_depth: keep the nearest point of each pixel, up to this depth [m].
-        skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has its number and why.
-        every_point: with "scan", labels of all points, and `nearest` of those that the 3D encoder gets; no limit on them.
+        cloud: as `CLOUD`, for the 3D encoder's inputs. None: all visible points, no inputs.
+        training: keep a random point of each voxel; False: the first. augment: rotate and flip.
+        labels: read lidarseg. max_depth: keep the nearest point of a pixel, up to so many metres.
+        every_point: with "scan", labels of all points, and `nearest` of those that the 3D encoder
+            gets, which are not limited in number.
+        skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has
+            its number and why.
 
-    An item is a dict: condition (index into CONDITIONS); image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized
-    image; depths [N] metres; labels [N]; with a cloud also feats [N, 5], cells [3, N], neighbors [N, K]. With every_point
-    labels [A] and nearest [A] of all A points.
-    All randomness of an item is a function of (seed, epoch, number), whatever the process or batch that it falls into.
-    Subclasses may change what a sensor gives: `scan`, `image`.
+    An item is a dict: condition (index into CONDITIONS); image uint8 [3, H, W]; pixels [N, 2] (row,
+    col) in the resized image; depths [N] metres; labels [N]; with a cloud also feats [N, 5],
+    cells [3, N], neighbors [N, K]; with every_point labels [A] and nearest [A] of all A points.
+    All randomness of an item is a function of (seed, epoch, number), whatever the process or batch
+    that it falls into. Subclasses may change what a sensor gives: `scan`, `image`.
     """
 
-    def __init__(self, index, rows, cameras="all", image_size=None, cloud=None, training=False, augment=False,
-                 labels=False, max_depth=None, every_point=False, skip_bad=False, seed=0):
+    def __init__(self, index, rows, cameras="all", image_size=None, cloud=None, training=False,
+                 augment=False, labels=False, max_depth=None, every_point=False, skip_bad=False,
+                 seed=0):
         if cameras not in ("random", "all", "scan", *index.cameras):
-            raise InputError(f"--cameras {cameras}: choose random, all, scan, or one of {', '.join(index.cameras)}")
-        if labels and (unlabelled := np.count_nonzero(index.lidarseg[rows] == b"")):
-            raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no lidarseg labels; extract it")
-        self.index, self.rows, self.cameras, self.image_size, self.cloud = index, rows, cameras, image_size, cloud
-        self.training, self.augment, self.labels, self.max_depth = training, augment, labels, max_depth
-        self.every_point, self.skip_bad, self.seed = every_point, skip_bad, seed
+            known = ", ".join(index.cameras)
+            raise InputError(f"--cameras {cameras}: choose random, all, scan, or one of {known}")
+        unlabelled = np.count_nonzero(index.lidarseg[rows] == b"")
+        if labels and unlabelled:
+            raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no "
+                             "lidarseg labels; extract it")
+        self.index = index
+        self.rows = rows
+        self.cameras = cameras
+        self.image_size = image_size
+        self.cloud = cloud
+        self.training = training
+        self.augment = augment
+        self.labels = labels
+        self.max_depth = max_depth
+        self.every_point = every_point
+        self.skip_bad = skip_bad
+        self.seed = seed
 
     def __len__(self):
         return len(self.rows) * (len(self.index.cameras) if self.cameras == "all" else 1)
 
-    def scan(self, row):
-        """[N, 4]: the LiDAR scan of a frame, as read_scan."""
-        return read_scan(os.path.join(self.index.root, self.index.lidar[row].decode()))
+    def scan(self, frame):
+        """[A, 4]: the LiDAR scan of a frame, as read_scan gives it."""
+        return read_scan(os.path.join(self.index.root, self.index.lidar[frame].decode()))
 
-    def image(self, row, camera):
+    def image(self, frame, camera):
         """uint8 [3, H, W]: the image of a frame's camera in the size asked for."""
-        path = os.path.join(self.index.root, self.index.image[row, camera].decode())
-        return read_image(path, self.image_size, self.index.image_size[row, camera])
+        path = os.path.join(self.index.root, self.index.image[frame, camera].decode())
+        return read_image(path, self.image_size, self.index.image_size[frame, camera])
 
     def locate(self, key):
         """(frame, camera or None, generator of the item's randomness) of (epoch, number)."""
         epoch, number = key
         rng = np.random.default_rng((self.seed, epoch, number))
-        count, camera = len(self.index.cameras), None
+        count = len(self.index.cameras)
+        camera = None
         if self.cameras == "all":
             number, camera = divmod(number, count)
+        elif self.cameras == "random":
+            camera = rng.integers(count)
         elif self.cameras != "scan":
-            camera = rng.integers(count) if self.cameras == "random" else self.index.cameras.index(self.cameras)
+            camera = self.index.cameras.index(self.cameras)
         return self.rows[number], camera, rng
 
     def name(self, key):
         """The file by which a person finds an item: its image, or its scan."""
-        row, camera, _ = self.locate(key)
-        return (self.index.lidar[row] if camera is None else self.index.image[row, camera]).decode()
+        frame, camera, _ = self.locate(key)
+        path = self.index.lidar[frame] if camera is None else self.index.image[frame, camera]
+        return path.decode()
 
     def __getitem__(self, key):
         return next_good(self, key) if self.skip_bad else self.view(key)
 
     def view(self, key):
-        """One item; InputError if it cannot be read."""
-        row, camera, rng = self.locate(key)
+        """One item. Raises InputError if it cannot be read."""
         index = self.index
-        if index.bad[row]:
-            raise InputError(f"{index.root}: {index.bad[row].decode()}")
-        scan, item, arrays = self.scan(row), {"condition": int(index.condition[row])}, {}  # scan: [A, 4]
+        frame, camera, rng = self.locate(key)
+        if index.bad[frame]:
+            raise InputError(f"{index.root}: {index.bad[frame].decode()}")
+        points = self.points(frame, camera)
+        if self.max_depth is not None:
+            points = take(points, nearest_per_pixel(points["pixels"], points["depths"]))
+            points = take(points, points["depths"] <= self.max_depth)
+        if self.cloud:
+            points = self.encoder_inputs(points, rng, key)
+        item = {"condition": int(index.condition[frame])}
+        if camera is not None and self.image_size is not None:
+            item["image"] = torch.from_numpy(self.image(frame, camera))
+        for name, values in points.items():
+            if name in ("xyz", "intensity"):
+                continue
+            if values.dtype == np.float64:  # pixels and depths are computed in double precision
+                values = values.astype(np.float32)
+            item[name] = torch.from_numpy(np.ascontiguousarray(values))
+        return item
 
-        # points that this camera sees
-        if self.cameras == "scan":
-            keep = np.arange(len(scan))
-        else:
-            raw_size = index.image_size[row, camera]
-            keep, pixels, depths = project(scan[:, :3], index.cam_from_lidar[row, camera], index.intrinsics[row, camera],
-                                           raw_size)
+    def points(self, frame, camera):
+        """A scan's points that a camera sees, or all where camera is None: {name: [N, ...]}.
+
+        xyz, intensity; with a camera pixels in the resized image and depths; labels if asked for.
+        """
+        index = self.index
+        scan = self.scan(frame)  # [A, 4]
+        seen = np.arange(len(scan))
+        of_camera = {}
+        if camera is not None:
+            raw_size = index.image_size[frame, camera]
+            seen, pixels, depths = project(scan[:, :3], index.cam_from_lidar[frame, camera],
+                                           index.intrinsics[frame, camera], raw_size)
             if self.image_size is not None:
                 pixels = pixels * (np.asarray(self.image_size) / raw_size)
-                item["image"] = torch.from_numpy(self.image(row, camera))
-            arrays |= {"pixels": pixels.astype(np.float32), "depths": depths.astype(np.float32)}
+            of_camera = {"pixels": pixels, "depths": depths}
+        points = {"xyz": scan[seen, :3], "intensity": scan[seen, 3]} | of_camera
         if self.labels:
-            labels = read_labels(os.path.join(index.root, index.lidarseg[row].decode()), index.coarse, len(scan))
-            arrays["labels"] = labels[keep].astype(np.int64)
-        if self.max_depth is not None:
-            first = nearest_per_pixel(pixels, depths)
-            first = first[depths[first] <= self.max_depth]
-            arrays, keep = {name: values[first] for name, values in arrays.items()}, keep[first]
+            path = os.path.join(index.root, index.lidarseg[frame].decode())
+            labels = read_labels(path, index.coarse, len(scan))  # [A]
+            points["labels"] = labels[seen].astype(np.int64)
+        return points
 
-        # the 3D encoder's inputs
-        if options := self.cloud:
-            xyz = rotate_and_flip(scan[keep, :3], rng) if self.augment else scan[keep, :3]
-            chosen = np.flatnonzero(inside_fov(xyz, options["fov"]))
-            chosen = chosen[one_per_voxel(xyz[chosen], options["voxel"], rng if self.training else None)]
-            if len(chosen) == 0:
-                raise InputError(f"{self.name(key)}: no LiDAR point of its scan ({index.lidar[row].decode()}) is in view and within reach; "
-                                 "do scan, image and calibration belong together?")
-            if len(chosen) > options["max_points"] and not self.every_point:
-                center = xyz[chosen[rng.integers(len(chosen))]]
-                chosen = chosen[nearest_to(xyz[chosen], center, options["max_points"])]
-            if self.every_point:
-                arrays["nearest"] = cKDTree(xyz[chosen]).query(xyz)[1].astype(np.int64)
-            else:
-                arrays = {name: values[chosen] for name, values in arrays.items()}
-            xyz, intensity = xyz[chosen], scan[keep[chosen], 3]
-            arrays["feats"] = point_features(xyz, intensity, *options["intensity"])
-            arrays["cells"] = plane_cells(xyz, options["fov"], options["cell"])
-            arrays["neighbors"] = nearest_neighbors(xyz, options["neighbors"])
-        return item | {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
+    def encoder_inputs(self, points, rng, key):
+        """The points that the 3D encoder gets, one of each voxel in view, and its inputs."""
+        options = self.cloud
+        xyz = rotate_and_flip(points["xyz"], rng) if self.augment else points["xyz"]
+
+        # Which points
+        chosen = np.flatnonzero(inside_fov(xyz, options["fov"]))
+        drawn_by = rng if self.training else None
+        chosen = chosen[one_per_voxel(xyz[chosen], options["voxel"], drawn_by)]
+        if len(chosen) == 0:
+            scan = self.index.lidar[self.locate(key)[0]].decode()
+            raise InputError(f"{self.name(key)}: no LiDAR point of its scan ({scan}) is in view "
+                             "and within reach; do scan, image and calibration belong together?")
+        if len(chosen) > options["max_points"] and not self.every_point:
+            center = xyz[chosen[rng.integers(len(chosen))]]
+            chosen = chosen[nearest_to(xyz[chosen], center, options["max_points"])]
+
+        # What the encoder takes of them
+        if self.every_point:
+            kept = points | {"nearest": cKDTree(xyz[chosen]).query(xyz)[1].astype(np.int64)}
+        else:
+            kept = take(points, chosen)
+        xyz = xyz[chosen]
+        return kept | {
+            "feats": point_features(xyz, points["intensity"][chosen], *options["intensity"]),
+            "cells": plane_cells(xyz, options["fov"], options["cell"]),
+            "neighbors": nearest_neighbors(xyz, options["neighbors"])}
 
 
 def next_good(frames, key):
-    """frames.view(key), or the next item that can be read; its `bad` is [(frame number, why it cannot be read)] of those before it."""
+    """frames.view(key), or the next item that can be read.
+
+    Its `bad` is [(frame number, why it cannot be read)] of those before it.
+    """
     epoch, number = key
     bad = []
     for step in range(min(len(frames), 100)):
@@ -226,16 +303,40 @@ def next_good(frames, key):
     raise InputError(f"{len(bad)} items in a row cannot be read, the last: {bad[-1][1]}")
 
 
+# ---- batches -------------------------------------------------------------------------------------
+
+def _one_list(lists):
+    return sum(lists, [])
+
+
+def _beside(planes):
+    return torch.cat(planes, dim=1)
+
+
+# How the values of a field of several items become one
+JOIN = {"condition": torch.tensor, "image": torch.stack, "bad": _one_list,
+        "pixels": torch.cat, "depths": torch.cat, "labels": torch.cat,      # [N, ...]
+        "feats": torch.cat, "cells": _beside, "neighbors": torch.cat, "nearest": torch.cat,
+        "features": torch.cat}                                              # of a cached encoder
+NUMBERS = ("neighbors", "nearest")  # they number points of an item, and become rows of the batch
+
+
 def collate(items):
-    """A ragged batch: points of all items one after the other, `batch` [N] the item of each, point numbers as batch rows."""
-    per_point = next(name for name in ("feats", "features", "pixels") if name in items[0])  # features: of a cached encoder
+    """A ragged batch: the points of all items one after the other; `batch` [N] is each one's item.
+
+    Raises ValueError for a field that JOIN does not name.
+    """
+    unknown = [name for name in items[0] if name not in JOIN]
+    if unknown:
+        raise ValueError(f"collate does not know the field {unknown[0]!r}: say in data.JOIN how "
+                         "the items' values are joined")
+    per_point = next(name for name in ("feats", "features", "pixels") if name in items[0])
     counts = torch.tensor([len(item[per_point]) for item in items])
-    offsets = counts.cumsum(0) - counts
-    out = {name: [item[name] for item in items] for name in items[0]}
-    for name, values in out.items():
-        if name in ("neighbors", "nearest"):
-            values = [rows + start for rows, start in zip(values, offsets.tolist())]
-        join = {"condition": torch.tensor, "image": torch.stack, "cells": lambda cells: torch.cat(cells, dim=1),
-                "bad": lambda reasons: sum(reasons, [])}
-        out[name] = join.get(name, torch.cat)(values)
-    return out | {"batch": torch.repeat_interleave(torch.arange(len(items)), counts)}
+    starts = (counts.cumsum(0) - counts).tolist()
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name in NUMBERS:
+            values = [numbers + start for numbers, start in zip(values, starts)]
+        batch[name] = JOIN[name](values)
+    return batch | {"batch": torch.repeat_interleave(torch.arange(len(items)), counts)}

@@ -1,7 +1,7 @@
-"""The maths of collaborative distillation: pairs of pixel and point features, and the loss with its direction.
+"""The maths of collaborative distillation: pairs of pixel and point features, and the loss.
 
-Stage 1 and stage 2 share this module unchanged; only the side that receives the gradient is switched
-(collaborative-distillation paper, Sec. 3.1 and 3.2, Eq. 1 and 2; ScaLR, Sec. 3.2, Eq. 1).
+Stage 1 and stage 2 share this module unchanged. Only the side that receives the gradient is
+switched (collaborative-distillation paper, Sec. 3.1 and 3.2, Eq. 1 and 2; ScaLR, Sec. 3.2, Eq. 1).
 """
 import torch
 import torch.nn.functional as F
@@ -12,35 +12,42 @@ DIRECTIONS = ("2d_to_3d", "3d_to_2d")
 def sample_features(maps, pixels, batch, image_size):
     """Pixel features: bilinear samples of feature maps at the pixels of projected points.
 
-    Equal to up-sampling the maps to the image (bilinear, align_corners=True) and reading the pixels, without ever making
-    the up-sampled map.
+    Equal to up-sampling the maps to the image (bilinear, align_corners=True) and reading the
+    pixels, without ever making the up-sampled map.
 
     Args:
         maps: [B, D, h, w] feature maps of the image encoder.
-        pixels: [M, 2] (row, col) in the image of size `image_size`; may be fractional; clamped to the image.
+        pixels: [M, 2] (row, col) in the image; may be fractional; clamped to the image.
         batch: [M] the image of each pixel.
-        image_size: (H, W).
+        image_size: (H, W) of the image.
     Returns: [M, D].
     """
     _, dim, h, w = maps.shape
     last = pixels.new_tensor([h - 1, w - 1])
-    place = pixels / (pixels.new_tensor(image_size) - 1) * last  # the corners of image and map coincide
-    place = torch.minimum(place.clamp(min=0), last)
+    # The corners of image and map coincide
+    place = pixels / (pixels.new_tensor(image_size) - 1) * last
+    place = torch.minimum(place.clamp(min=0), last)  # [M, 2] in the map
+
+    # The four cells around each place, and how far down and right of the first one it lies
     corner = torch.minimum(place.floor(), (last - 1).clamp(min=0))
-    down, right = (place - corner).unsqueeze(2).unbind(1)  # [M, 1] weights of the lower and of the right neighbour
-    row, col = corner.long().unbind(1)
-    below, beside = (row + 1).clamp(max=h - 1), (col + 1).clamp(max=w - 1)
+    down, right = (place - corner).unsqueeze(2).unbind(1)  # [M, 1] each
+    row, col = corner.long().unbind(1)                     # [M] each
+    row_below = (row + 1).clamp(max=h - 1)
+    col_right = (col + 1).clamp(max=w - 1)
 
     cells = maps.permute(0, 2, 3, 1).reshape(-1, dim)  # [B h w, D]
     start = batch * (h * w)
     return ((1 - down) * (1 - right) * cells[start + row * w + col]
-            + (1 - down) * right * cells[start + row * w + beside]
-            + down * (1 - right) * cells[start + below * w + col]
-            + down * right * cells[start + below * w + beside])  # [M, D]
+            + (1 - down) * right * cells[start + row * w + col_right]
+            + down * (1 - right) * cells[start + row_below * w + col]
+            + down * right * cells[start + row_below * w + col_right])  # [M, D]
 
 
 def features_at_points(encoder, batch, image_size):
-    """Features [N, D] at a batch's points: of an image encoder at their pixels, or, where image_size is None, WaffleIron's."""
+    """Features [N, D] at a batch's points.
+
+    They are an image encoder's at the points' pixels, or WaffleIron's where image_size is None.
+    """
     if image_size is None:
         return encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
     return sample_features(encoder(batch["image"]), batch["pixels"], batch["batch"], image_size)
@@ -51,8 +58,10 @@ def distillation_loss(pixel_features, point_features, direction):
 
     Args:
         pixel_features: [M, D], g in the paper. point_features: [M, D], f in the paper.
-        direction: "2d_to_3d": the pixels teach the points (stage 1). "3d_to_2d": the points teach the pixels (stage 2).
-    Returns: a float32 scalar in [0, 2]: 0 for equal directions (with a zero gradient), about sqrt(2) for unrelated ones, 0 for M = 0.
+        direction: "2d_to_3d": the pixels teach the points (stage 1).
+            "3d_to_2d": the points teach the pixels (stage 2).
+    Returns: a float32 scalar in [0, 2]: 0 for equal directions (with a zero gradient), about
+    sqrt(2) for unrelated ones, 0 for M = 0.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}, not one of {DIRECTIONS}")
@@ -68,13 +77,19 @@ def distillation_loss(pixel_features, point_features, direction):
 
 @torch.no_grad()
 def feature_spread(features):
-    """How far features [M, D] are from collapse, on at most 2 048 of them: {"feature_variance": .., "effective_rank": ..}.
+    """How far features are from collapse: {"feature_variance": .., "effective_rank": ..}.
 
-    The variance of the L2-normalised features around their mean, in [0, 1]: 0 where all are the same. The effective rank (Roy
-    and Vetterli, 2007), exp of the entropy of the covariance's normalised eigenvalues, in [1, D]: how many directions they use.
+    features: [M, D], of which at most 2 048 rows are used.
+
+    The feature variance is that of the L2-normalised features around their mean, in [0, 1]. It is
+    0 where all are the same. The effective rank (Roy and Vetterli, 2007) is exp of the entropy of
+    the covariance's normalised eigenvalues, in [1, D]: how many directions the features use.
     """
-    f = F.normalize(features[::max(1, -(-len(features) // 2048))].float(), dim=1)
+    stride = max(1, -(-len(features) // 2048))  # rounded up
+    f = F.normalize(features[::stride].float(), dim=1)
     f = f - f.mean(0)
     eigenvalues = torch.linalg.eigvalsh(f.T @ f / max(1, len(f))).clamp(min=0)  # [D]
-    shares = eigenvalues / eigenvalues.sum().clamp(min=1e-6)
-    return {"feature_variance": eigenvalues.sum().item(), "effective_rank": torch.special.entr(shares).sum().exp().item()}
+    variance = eigenvalues.sum()
+    shares = eigenvalues / variance.clamp(min=1e-6)
+    effective_rank = torch.special.entr(shares).sum().exp()
+    return {"feature_variance": variance.item(), "effective_rank": effective_rank.item()}

@@ -1,5 +1,6 @@
-"""What is no bug becomes one line and exit code 2: an input that cannot be used, a machine that
-lacks something.
+"""Errors that are no bugs end a script with one line and exit code 2.
+
+They are of two kinds: an input that cannot be used, and a machine that lacks something.
 """
 import functools
 import os
@@ -14,7 +15,10 @@ def say(line):
 
 
 class InputError(Exception):
-    """A flag, file or folder that the user gave cannot be used. The message names it and the way out, in one line."""
+    """A flag, file or folder that the user gave cannot be used.
+
+    The message names it and the way out, in one line.
+    """
 
 
 SHARED_MEMORY = ("Shared memory is full: give Docker --shm-size 8g or --ipc=host, or use fewer "
@@ -29,8 +33,8 @@ CRASH = ("A library crashed, or memory is used up: use fewer --workers, give Doc
 GPU_MEMORY = "Add --checkpoint (stages 1 and 2), use more processes, or a smaller --batch"
 OTHER = "Another process of this run ended first: do what its own message says"
 
-# What the machine lacks, not the program: patterns of "TypeName: message", the first that fits
-# counts, and what to do. What a pattern matches is shown before it.
+# Faults of the machine, not of the program: (pattern of "TypeName: message", what to do about it).
+# The first pattern that fits counts. The line shows what the pattern matched, then what to do.
 FAULTS = (
     (r"DataLoader worker .* signal: Bus error", SHARED_MEMORY),
     (r"unable to [^<]*</torch_.*>: No space left on device", SHARED_MEMORY),
@@ -48,15 +52,17 @@ FAULTS = (
 def line_of(error):
     """The line that says what to do about an InputError or a fault of the machine; None for a bug.
 
-    An error that comes from a loading process has that process's traceback in front of it; only
-    its last line, the message, is shown.
+    An error of a loading process has that process's traceback in front of it. Only its last line,
+    the message, is shown.
     """
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, InputError):
         return f"{sys.argv[0]}: error: {lines[-1].removeprefix('errors.InputError: ')}"
-    message = lines[-1 if lines[0].startswith("Caught ") else 0]
+    from_worker = lines[0].startswith("Caught ")
+    message = lines[-1] if from_worker else lines[0]
     for pattern, advice in FAULTS:
-        if found := re.search(pattern, f"{type(error).__name__}: {message}"):
+        found = re.search(pattern, f"{type(error).__name__}: {message}")
+        if found:
             return f"{sys.argv[0]}: error: {found.group()}. {advice}; then repeat the command"
     return None
 
@@ -64,12 +70,12 @@ def line_of(error):
 def one_line_errors(main):
     """Decorator of a script's `main`: what `line_of` knows becomes one line on stderr, exit code 2.
 
-    Other exceptions keep their traceback: they are bugs.
+    Other exceptions are bugs and keep their traceback.
     """
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # names in any language on a terminal of one
+            if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of a file's name
                 stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)

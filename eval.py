@@ -1,14 +1,14 @@
 """Metrics by condition, and the table that sets probes side by side.
 
-    python eval.py runs/probe-a runs/probe-b                                # evaluate what is not yet, print the table
-    torchrun --standalone --nproc_per_node 4 eval.py runs/probe-a runs/probe-b           # the same, on 4 GPUs
+    python eval.py runs/probe-a runs/probe-b    # evaluate what is not yet, print the table
+    torchrun --standalone --nproc_per_node 4 eval.py runs/probe-a runs/probe-b    # on 4 GPUs
 
-Each probe is evaluated once on the validation split, into results.json beside its last.pth, and anew where probe, encoder or
-labels are others since. With --data of other frames than the probe's own, or where its own are others now, the result goes
-to results-HASH.json. The table is printed and written to OUT.md and OUT.json; a difference stands there only where two rows
-can be compared. Collaborative-distillation paper, Sec. 4.2 and C.3.
+Each probe is evaluated once on the validation split, into results.json beside its last.pth, and
+anew where probe, encoder or labels are others since. With --data of other frames than the probe's
+own, or where its own are others now, the result goes to results-HASH.json. The table is printed and
+written to OUT.md and OUT.json; a difference stands there only where two rows can be compared.
+Collaborative-distillation paper, Sec. 4.2 and C.3.
 """
-import math
 import os
 from pathlib import Path
 
@@ -16,62 +16,25 @@ import torch
 from tqdm import tqdm
 
 import training
-from plumbing.arguments import WORKERS, Parser
 from checkpoints import load_checkpoint, load_strictly, located, say_if_unfinished
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
 from errors import InputError, one_line_errors, say
-from plumbing.fingerprint import check, differences, digest, of_weights, with_files
+from heads import linear_head
 from index import CONDITIONS, load_index
-from models import linear_head, load_image_encoder, source_in
+from metrics import Confusion, DepthSums, finite
+from models import load_image_encoder, source_in
 from nuimages_data import LabelledImages, load_nuimages
-from run_folder import read_json, write_json, write_text
-from waffleiron import BatchNorm, load_waffleiron
+from plumbing.arguments import WORKERS, Parser
+from plumbing.atomic import read_json, write_json, write_text
+from plumbing.fingerprint import check, differences, digest, of_weights, with_files
+from waffleiron import load_waffleiron
 
-NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
 COLUMNS = ("full", *CONDITIONS)
+METRICS = (("mIoU", "mIoU [%], higher is better", 1), ("RMSE", "RMSE [m], lower is better", 2))
 
 
-# ---- metrics: pure functions ------------------------------------------------------------------------------------------
-
-def confusion_matrix(prediction, truth, classes):
-    """Counts [classes, classes], row = truth, column = prediction, of class numbers 0..classes-1 [N] each."""
-    return torch.bincount(truth * classes + prediction, minlength=classes**2).view(classes, classes)
-
-
-def class_iou(confusion):
-    """IoU [C] of each class; NaN for a class that is neither in the truth nor predicted."""
-    confusion = confusion.double()
-    hits = confusion.diagonal()
-    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
-
-
-def mean_iou(confusion, left_out=()):
-    """Mean IoU over the classes that occur in truth or prediction, without the class numbers `left_out`."""
-    iou = class_iou(confusion)
-    iou[list(left_out)] = torch.nan
-    return iou.nanmean().item()
-
-
-def depth_sums(prediction, truth, batch, images):
-    """What RMSE needs of each image, [images, 2]: sum of squared errors in square metres, and number of points."""
-    error = (prediction.clamp(*DEPTHS) - truth).double() ** 2
-    sums = torch.zeros(images, 2, dtype=torch.double, device=error.device)
-    return sums.index_add_(0, batch, torch.stack([error, torch.ones_like(error)], 1))
-
-
-def rmse(sums):
-    """(mean over images of an image's RMSE, RMSE over all points) in metres, from `depth_sums` of the images [I, 2]."""
-    squares, counts = sums[sums[:, 1] > 0].unbind(1)
-    return (squares / counts).sqrt().mean().item(), (squares.sum() / counts.sum()).sqrt().item()
-
-
-def finite(value):
-    """A metric for JSON, which has no NaN: None where there was nothing to evaluation."""
-    return None if math.isnan(value) else value
-
-
-# ---- one probe ----------------------------------------------------------------------------------------------------------
+# ---- one probe -----------------------------------------------------------------------------------
 
 def place_of(source):
     """Which of the arguments of `load_image_encoder` says where the weights are."""
@@ -80,46 +43,58 @@ def place_of(source):
 
 
 def encoder_source(probe, path, moved=None):
-    """The arguments of `load_image_encoder` that give a probe's encoder again. Raises InputError where it is not there any more.
+    """The arguments of `load_image_encoder` that give a probe's encoder again.
 
-    moved: where its folder, or the file of its weights, is now, if it is not where it was.
+    moved: where its folder, or the file of its weights, is now, if it is not where it was. Raises
+    InputError where it is not there any more.
     """
     source = source_in(probe, path)
     place = place_of(source)
     source[place] = moved or source[place]
     if os.path.isabs(source[place]) and not os.path.exists(source[place]):
-        raise InputError(f"{path}: its encoder {source[place]} is not there any more; where it was moved, eval.py --encoder says so")
+        raise InputError(f"{path}: its encoder {source[place]} is not there any more; where it was "
+                         "moved, eval.py --encoder says so")
     return source
 
 
 def load_probe(path, device, encoder_at=None):
     """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None).
 
-    encoder_at: where the encoder is if it was moved. Raises InputError where the probe is unfinished, or its encoder is not the one that its head was trained on.
+    encoder_at: where the encoder is if it was moved. Raises InputError where the probe is
+    unfinished, or its encoder is not the one that its head was trained on.
     """
     probe = load_checkpoint(path, "probe")
-    if Path(path).name == "best.pth":
-        last = folder_of(path) / "last.pth"
-        if last.is_file():
-            say_if_unfinished(load_checkpoint(last, "probe"), last)
-    elif probe["step"] < probe["total"]:
-        raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat its command to finish it"
-                         + (f", or give {folder_of(path)}" if Path(path).is_file() else ""))
-    stage1 = None
+    check_finished(probe, path)
+    cloud = None
     if probe.get("backbone"):  # fine-tuned: the encoder's weights are in the probe's checkpoint
-        encoder = load_image_encoder(probe["spec"]["name"], "random", feature=probe["spec"]["feature"], careful=False)
+        spec = probe["spec"]
+        encoder = load_image_encoder(spec["name"], "random", feature=spec["feature"], careful=False)
         load_strictly(encoder.backbone, probe["backbone"], path)
     else:
         source = encoder_source(probe, path, encoder_at)
         if probe["task"] == "seg3d":
             encoder, stage1 = load_waffleiron(source["name_or_path"])
+            cloud = stage1.get("cloud", CLOUD)
         else:
             encoder = load_image_encoder(**source, careful=False)
         check(f"{path}: its head", probe.get("made_from", {}), {"encoder": encoder.fingerprint()},
-              f"{source['name_or_path']} has changed since; train the probe again (--restart), or give that encoder's place (eval.py --encoder)")
-    head = linear_head(probe["head"], probe["dim"], len(probe["classes"]) or 1, BatchNorm)
+              f"{source['name_or_path']} has changed since; train the probe again (--restart), or "
+              "give that encoder's place (eval.py --encoder)")
+    head = linear_head(probe["head"], probe["dim"], len(probe["classes"]) or 1)
     load_strictly(head, probe["model"], path)
-    return probe, encoder.to(device).eval(), head.to(device).eval(), None if stage1 is None else stage1.get("cloud", CLOUD)
+    return probe, encoder.to(device).eval(), head.to(device).eval(), cloud
+
+
+def check_finished(probe, path):
+    """Raise InputError for an unfinished probe; a line where best.pth is of one."""
+    if Path(path).name == "best.pth":
+        last = folder_of(path) / "last.pth"
+        if last.is_file():
+            say_if_unfinished(load_checkpoint(last, "probe"), last)
+    elif probe["step"] < probe["total"]:
+        or_folder = f", or give {folder_of(path)}" if Path(path).is_file() else ""
+        raise InputError(f"{path}: unfinished, step {probe['step']} of {probe['total']}; repeat "
+                         f"its command to finish it{or_folder}")
 
 
 def folder_of(path):
@@ -139,189 +114,228 @@ def data_of(probe, path):
 
 
 def protocol_of(probe, cloud=None):
-    """What must be equal, beside the frames, for the numbers of two probes to be compared. cloud: of a 3D probe, as data.CLOUD."""
+    """What must be equal, beside the frames, for the numbers of two probes to be compared.
+
+    cloud: of a 3D probe, as data.CLOUD.
+    """
     args = probe["args"]
-    protocol = {"classes": list(probe["classes"]), "cameras": args["cameras"], "head": probe["head"], "limit": args.get("limit"),
-                "finetune": args.get("finetune", False), "percent": args.get("percent") or 100, "scenes": probe.get("scenes")}
+    protocol = {"classes": list(probe["classes"]), "cameras": args["cameras"],
+                "head": probe["head"], "limit": args.get("limit"),
+                "finetune": args.get("finetune", False), "percent": args.get("percent") or 100,
+                "scenes": probe.get("scenes")}
     if cloud and args["cameras"] != "scan":  # judged at the points that the 3D encoder gets
-        protocol |= {name: cloud[name] if name != "fov" else list(cloud[name]) for name in ("fov", "voxel", "max_points")}
+        protocol["fov"] = list(cloud["fov"])
+        protocol["voxel"] = cloud["voxel"]
+        protocol["max_points"] = cloud["max_points"]
     if probe["task"] in ("depth", "nuimages"):  # judged at pixels of the resized image
         protocol["image_size"] = list(probe["image_size"])
     return protocol
 
 
 def say_other_frames(probe, path, frames):
-    """Whether frames are those of a probe's own validation split when it was trained; a line where they are not."""
+    """Whether frames are those of a probe's validation split at its training; a line if not."""
     val = probe.get("val")
     if val and val != frames:
-        say(f"{path}: judged on other frames than its own, {differences({'frames': val}, {'frames': frames})}")
+        others = differences({"frames": val}, {"frames": frames})
+        say(f"{path}: judged on other frames than its own, {others}")
     return val == frames
 
 
 class Evaluation:
     """A probe, and the frames of the validation split that it is to be judged on.
 
-    data: root of the dataset, and encoder_at: place of the encoder (default: the probe's own). dataset: a subclass of Frames
-    that changes what a sensor gives, or None. `made_from` is what a result of both is made from; `own` is whether the frames are those of the probe's own dataset.
+    data: root of the dataset, and encoder_at: place of the encoder (default: the probe's own).
+    dataset: a subclass of Frames that changes what a sensor gives, or None. `made_from` is what a
+    result of both is made from; `own` is whether the frames are those of the probe's own dataset.
     Raises InputError as `load_probe`, and where a file of the frames is missing.
     """
 
     def __init__(self, path, device, data=None, dataset=None, encoder_at=None):
-        self.path, self.device = path, device
+        self.path = path
+        self.device = device
         self.probe, self.encoder, self.head, cloud = load_probe(path, device, encoder_at)
         self.protocol = protocol_of(self.probe, cloud)
-        args, size = self.probe["args"], self.probe["image_size"]
-        self.task, self.image_size = self.probe["task"], size and tuple(size)
+        self.task = self.probe["task"]
+        self.image_size = self.probe["image_size"] and tuple(self.probe["image_size"])
+
+        # The frames
+        args = self.probe["args"]
+        home = data_of(self.probe, path)
         labels = self.task != "depth"
-        load, dataset = (load_nuimages, LabelledImages) if self.task == "nuimages" else (load_index, dataset or Frames)
+        load, dataset = load_index, dataset or Frames
+        if self.task == "nuimages":
+            load, dataset = load_nuimages, LabelledImages
         with training.first_process_first():
-            index = load(data or data_of(self.probe, path), args["version"], look=None)
+            index = load(data or home, args["version"], look=None)
         rows = index.select("val")
         self.frames = dataset(index, rows, args["cameras"], self.image_size, cloud, labels=labels,
-                              max_depth=None if labels else DEPTHS[1], every_point=args["cameras"] == "scan")
+                              max_depth=None if labels else DEPTHS[1],
+                              every_point=args["cameras"] == "scan")
 
+        # What the result is made from
         frames = training.by_first_process(lambda: with_files(index, rows, labels))
-        val, same = self.probe.get("val"), say_other_frames(self.probe, path, frames)
-        at_home = data is None or os.path.realpath(data) == os.path.realpath(data_of(self.probe, path))
-        # Its own dataset with mended files is its own still. Without val the probe is from before fingerprints
-        self.own = same or at_home and (val is None or val | {"files": None} == frames | {"files": None})
+        weights = of_weights(torch.nn.ModuleList([self.encoder, self.head]))
         self.made_from = {
-            "probe": {"step": self.probe["step"], "weights": of_weights(torch.nn.ModuleList([self.encoder, self.head]))},
+            "probe": {"step": self.probe["step"], "weights": weights},
             "encoder": self.probe.get("made_from", {}).get("encoder", {}),
             "frames": frames}
 
+        # Its own dataset with mended files is its own still
+        same = say_other_frames(self.probe, path, frames)
+        at_home = data is None or os.path.realpath(data) == os.path.realpath(home)
+        val = self.probe.get("val")  # None: the probe is from before fingerprints
+        mended = val is None or val | {"files": None} == frames | {"files": None}
+        self.own = same or at_home and mended
+
     def stored_at(self):
-        """The file of the result: results.json, results-best.json of best.pth; with a hash, of other frames than its own."""
+        """The file of the result.
+
+        results.json, or results-best.json of best.pth; with a hash of frames that are not its own.
+        """
         name = result_name(self.path)
         if not self.own:
-            name += f"-{digest([repr(self.made_from['frames']).encode()])[:8]}"
+            frames = repr(self.made_from["frames"])
+            name += f"-{digest([frames.encode()])[:8]}"
         return folder_of(self.path) / f"{name}.json"
 
 
 def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=None):
-    """What `measure` gives for a probe, of a folder or checkpoint; the other arguments are those of `Evaluation`."""
+    """What `measure` gives for a probe, of a folder or checkpoint; see `Evaluation`."""
     return measure(Evaluation(path, device, data, dataset), workers, batch_size)
 
 
 @torch.no_grad()
 def measure(evaluation, workers=2, batch_size=16):
-    """Metrics of a probe by condition: {"mIoU": {"full": ..}, "IoU": ..} or {"RMSE": .., "RMSE_points": ..}; nuImages has only "full".
+    """Metrics of a probe by condition, on the validation split.
 
-    IoU in percent, RMSE in metres, on the validation split; None where nothing is labelled. The frames are dealt out over the
-    processes and the counts summed. A 3D probe of whole scans is judged on every point, each with the prediction of the nearest
-    one that WaffleIron got.
+    Returns {"mIoU": {"full": ..}, "IoU": ..} in percent or {"RMSE": .., "RMSE_points": ..} in
+    metres, None where nothing is labelled, beside what the result is of. nuImages has only "full".
+    The frames are dealt out over the processes and the counts summed. A 3D probe of whole scans is
+    judged on every point, each with the prediction of the nearest one that WaffleIron got.
     """
-    probe, device, frames, image_size = evaluation.probe, evaluation.device, evaluation.frames, evaluation.image_size
-    task, args, index = evaluation.task, evaluation.probe["args"], evaluation.frames.index
+    probe, frames, device = evaluation.probe, evaluation.frames, evaluation.device
     mine = range(training.rank(), len(frames), training.world())
-    order = [[(0, number) for number in mine[start:start + batch_size]] for start in range(0, len(mine), batch_size)]
-
-    names, classes = probe["classes"], len(probe["classes"])
-    confusion = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long, device=device)
-    sums = torch.zeros(len(frames), 3, dtype=torch.double, device=device)  # squared error, points, condition
-    for numbers, batch in zip(order, tqdm(training.load(frames, order, collate, workers, device), f"evaluate {evaluation.path}",
-                                          disable=training.rank() > 0, mininterval=2)):
+    order = [[(0, number) for number in mine[start:start + batch_size]]
+             for start in range(0, len(mine), batch_size)]
+    loader = training.load(frames, order, collate, workers, device)
+    bar = tqdm(loader, f"evaluate {evaluation.path}", disable=training.rank() > 0, mininterval=2)
+    sums = DepthSums(frames, device) if evaluation.task == "depth" else Confusion(probe, device)
+    for keys, batch in zip(order, bar):
         batch = training.to_device(batch, device)
-        with training.autocast(device, args["precision"]):
-            features = features_at_points(evaluation.encoder, batch, image_size)
+        with training.autocast(device, probe["args"]["precision"]):
+            features = features_at_points(evaluation.encoder, batch, evaluation.image_size)
         outputs = evaluation.head(features.float())  # in float32, as it was trained
-        if task == "depth":
-            places = [number for _, number in numbers]
-            sums[places, :2] = depth_sums(outputs[:, 0].float(), batch["depths"], batch["batch"], len(numbers))
-            sums[places, 2] = batch["condition"].double()
-        else:
-            of_frame = batch["batch"]
-            if "nearest" in batch:
-                outputs, of_frame = outputs[batch["nearest"]], of_frame[batch["nearest"]]
-            for number in range(len(CONDITIONS)):
-                chosen = (batch["labels"] > 0) & (batch["condition"] == number)[of_frame]
-                confusion[number] += confusion_matrix(outputs[chosen].argmax(1), batch["labels"][chosen] - 1, classes)
+        sums.add(outputs, batch, [number for _, number in keys])
 
-    training.sum_over_processes(sums if task == "depth" else confusion)
-    result = {"run": str(evaluation.path), "task": task, "encoder": args["encoder"], "step": probe["step"], "data": index.root,
-              "images": len(frames), "made_from": evaluation.made_from, "protocol": evaluation.protocol}
-    here = []  # the conditions; nuImages' tables say nothing of them
-    if task != "nuimages":
-        here = [n for n in range(len(CONDITIONS)) if (index.condition[frames.rows] == n).any()]
-    if task == "depth":
-        pairs = {"full": rmse(sums[:, :2])} | {CONDITIONS[n]: rmse(sums[sums[:, 2] == n, :2]) for n in here}
-        return result | {"RMSE": {name: finite(pair[0]) for name, pair in pairs.items()},
-                         "RMSE_points": {name: finite(pair[1]) for name, pair in pairs.items()}}
-    parts = {"full": confusion.sum(0)} | {CONDITIONS[n]: confusion[n] for n in here}
-    night = [names.index(name) for name in NOT_AT_NIGHT]
-    return result | {
-        "mIoU": {name: finite(100 * mean_iou(part, night if name == "night" else ())) for name, part in parts.items()},
-        "IoU": {name: {c: round(100 * v, 2) for c, v in zip(names, class_iou(part).tolist()) if v == v}
-                for name, part in parts.items()}}
+    training.sum_over_processes(sums.counts)
+    conditions = []  # that there are; nuImages' tables say nothing of them
+    if evaluation.task != "nuimages":
+        there = set(frames.index.condition[frames.rows].tolist())
+        conditions = [number for number in range(len(CONDITIONS)) if number in there]
+    return {"run": str(evaluation.path), "task": evaluation.task,
+            "encoder": probe["args"]["encoder"], "step": probe["step"], "data": frames.index.root,
+            "images": len(frames), "made_from": evaluation.made_from,
+            "protocol": evaluation.protocol} | sums.metrics(conditions)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 def not_comparable(row, first):
     """Why the difference of two results of one task says nothing, in words; "" if it does."""
-    a, b = first.get("protocol", {}), row.get("protocol", {})
-    other = [f"{name} {a.get(name)} and {b.get(name)}" if name not in ("classes", "scenes") else f"other {name}"
-             for name in a | b if a.get(name) != b.get(name)]
-    if any("made_from" not in result for result in (row, first)):  # from before fingerprints: little is known of it
-        same = all(row.get(name) == first.get(name) for name in ("data", "images", "made_from"))
-        return "; ".join(other + ["one of them is from before fingerprints and of other data; evaluate it with --again"] * (not same))
-    frames = differences({"other frames": first["made_from"]["frames"]}, {"other frames": row["made_from"]["frames"]})
-    return "; ".join([*other, *([frames] if frames else [])])
+    reasons = []
+    a = first.get("protocol", {})
+    b = row.get("protocol", {})
+    for name in a | b:
+        if a.get(name) == b.get(name):
+            continue
+        too_long = name in ("classes", "scenes")
+        reasons.append(f"other {name}" if too_long else f"{name} {a.get(name)} and {b.get(name)}")
+    if "made_from" in row and "made_from" in first:
+        frames = differences({"other frames": first["made_from"]["frames"]},
+                             {"other frames": row["made_from"]["frames"]})
+        reasons += [frames] if frames else []
+    elif any(row.get(name) != first.get(name) for name in ("data", "images", "made_from")):
+        reasons.append("one of them is from before fingerprints and of other data; evaluate it "
+                       "with --again")
+    return "; ".join(reasons)
 
 
 def cell(row, metric, column, digits, first=None):
-    """A number of a table, or why there is none; in brackets its difference to the one of the result `first`."""
+    """A number of a table, or why there is none; in brackets its difference to `first`'s."""
     if column not in row[metric]:
         return "–" if row["task"] == "nuimages" else "not run"
-    value, base = row[metric][column], first and first[metric].get(column)
+    value = row[metric][column]
     if value is None:
         return "no labels"
-    return f"{value:.{digits}f}" + ("" if base is None else f" ({value - base:+.{digits}f})")
+    base = first and first[metric].get(column)
+    difference = "" if base is None else f" ({value - base:+.{digits}f})"
+    return f"{value:.{digits}f}{difference}"
 
 
 def table(results):
-    """Markdown: a row per probe; in brackets the difference to the first row of the same task, where they can be compared."""
-    lines, notes = [], []
-    for tasks, metric, unit, digits in ((("seg", "nuimages", "seg3d"), "mIoU", "%", 1), (("depth",), "RMSE", "m", 2)):
-        rows = [r for r in results if r["task"] in tasks]
+    """Markdown: a row a probe.
+
+    In brackets stands the difference to the first row of the same task, where they can be compared.
+    """
+    parts = []
+    notes = []
+    for metric, heading, digits in METRICS:
+        rows = [result for result in results if metric in result]
         if not rows:
             continue
-        arrow = "higher is better" if metric == "mIoU" else "lower is better"
-        lines += ["", f"| {metric} [{unit}], {arrow} | task | " + " | ".join(COLUMNS) + " |",
-                  "|---|---|" + "---:|" * len(COLUMNS)]
+        lines = [f"| {heading} | task | " + " | ".join(COLUMNS) + " |",
+                 "|---|---|" + "---:|" * len(COLUMNS)]
         for row in rows:
-            first = next(r for r in rows if r["task"] == row["task"])
+            base = first = next(other for other in rows if other["task"] == row["task"])
             reason = "" if row is first else not_comparable(row, first)
             if reason:
                 notes.append(f"{row['run']} is not compared with {first['run']}: {reason}.")
-            cells = [cell(row, metric, column, digits, None if reason or row is first else first) for column in COLUMNS]
+            if reason or row is first:
+                base = None
+            cells = [cell(row, metric, column, digits, base) for column in COLUMNS]
             lines.append(f"| {row['run']} | {row['task']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines[1:], *([""] if notes else []), *notes])
+        parts.append("\n".join(lines))
+    if notes:
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
 
 
 def unchecked(path):
     """The stored result of a probe whose data or encoder is not there any more, else None.
 
-    What can be known without them is checked: the step, and the encoder and frames of the probe's own checkpoint.
+    What can be known without them is checked: the step, and the encoder and frames of the probe's
+    own checkpoint.
     """
+    # What is gone?
     probe = load_checkpoint(path, "probe")
-    source = {} if probe.get("backbone") else source_in(probe, path)
-    sources = [data_of(probe, path)] + ([source[place_of(source)]] if source else [])
+    sources = [data_of(probe, path)]
+    if not probe.get("backbone"):
+        source = source_in(probe, path)
+        sources.append(source[place_of(source)])
     gone = [place for place in sources if os.path.isabs(place) and not os.path.exists(place)]
-    stored = read_json(folder_of(path) / f"{result_name(path)}.json") if gone else None
+    if not gone:
+        return None
+
+    # Is there a result of this probe?
+    stored = read_json(folder_of(path) / f"{result_name(path)}.json")
     metric = "RMSE" if probe["task"] == "depth" else "mIoU"
-    if not isinstance(stored, dict) or not isinstance(stored.get(metric), dict) or stored.get("step") != probe["step"]:
+    if not isinstance(stored, dict) or not isinstance(stored.get(metric), dict):
         return None
     of_probe = {"encoder": probe.get("made_from", {}).get("encoder"), "frames": probe.get("val")}
-    if any(of_probe[name] != value for name, value in stored.get("made_from", {}).items() if name in of_probe):
+    of_result = stored.get("made_from", {})
+    others = [name for name in of_probe.keys() & of_result if of_probe[name] != of_result[name]]
+    if others or stored.get("step") != probe["step"]:
         return None
-    say(f"{path}: its result is shown as it was stored and not checked, {' and '.join(gone)} is not there any more")
-    stored[metric] = {column: None if value is None else finite(value) for column, value in stored[metric].items()}
+    say(f"{path}: its result is shown as it was stored and not checked, {' and '.join(gone)} is "
+        "not there any more")
+    for column, value in stored[metric].items():
+        stored[metric][column] = None if value is None else finite(value)
     return {"protocol": protocol_of(probe)} | stored | {"run": str(path)}
 
 
 def result_of(path, device, args):
-    """The result of a probe: the stored one if it is of the same weights, frames and files, else a new one, which is stored."""
+    """The result of a probe: the stored one if it is of the same weights and files, else a new one.
+    """
     if not (args.data or args.encoder or args.again):
         stored = training.by_first_process(lambda: unchecked(path))
         if stored:
@@ -356,13 +370,18 @@ def probes_of(paths):
 @one_line_errors
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("probes", nargs="+", help="folders that probe.py wrote, or the best.pth in them")
-    parser.add_argument("--data", help="nuScenes root (default: the probe's)")
-    parser.add_argument("--encoder", help="where the probes' encoder is, if it was moved: its folder, or the file of its weights")
-    parser.add_argument("--out", default="runs/table", help="the table goes to OUT.md and OUT.json (default: %(default)s)")
-    parser.add_argument("--again", action="store_true", help="evaluate even where results.json is there")
-    parser.add_argument("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1), help="(default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add = parser.add_argument
+    add("probes", nargs="+", help="folders that probe.py wrote, or the best.pth in them")
+    add("--data", help="nuScenes root (default: the probe's)")
+    add("--encoder",
+        help="where the probes' encoder is, if it was moved: its folder, or the file of its "
+             "weights")
+    add("--out", default="runs/table",
+        help="the table goes to OUT.md and OUT.json (default: %(default)s)")
+    add("--again", action="store_true", help="evaluate even where results.json is there")
+    add("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1),
+        help="(default: %(default)s)")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     args = parser.parse_args(argv)
     args.seed = 0
     device = training.start(args)

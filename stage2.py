@@ -1,92 +1,157 @@
-"""Stage 2, 3D-anchored self-supervision: the frozen 3D encoder pulls the image encoder's features to the clear-day ones.
+"""Stage 2, 3D-anchored self-supervision: the frozen 3D encoder pulls image features to clear days.
 
-Collaborative-distillation paper, Sec. 3.2: stage 1's loss and weights with the gradient's direction switched, on all
-conditions. The encoder, its feature, the image size and WaffleIron's shape come from stage 1's checkpoint. With ScaLR's
-released WaffleIron there is no need of one (Table D, second row): --stage1 WI_768-.../model.pth --encoder dinov2_vitl14.
+Collaborative-distillation paper, Sec. 3.2: stage 1's loss and weights with the direction of the
+gradient switched, on all conditions. The encoder, its feature, the image size and WaffleIron's
+shape come from stage 1's checkpoint. The bare command is the paper's run:
 
-    torchrun --standalone --nproc_per_node 4 stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2     # N GPUs
-    python stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2                          # one GPU
-    python stage2.py ... --device cpu --limit 100 --batch 4 --steps 20                             # a try on a CPU
+    run="torchrun --standalone --nproc_per_node 4"
+    $run stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2      # 4 GPUs
+    python stage2.py --data /data/nuscenes --stage1 runs/s1 --out runs/s2    # one GPU
+    python stage2.py ... --device cpu --limit 100 --batch 4 --steps 20       # a try on a CPU
 
-Writes OUT/last.pth, which `load_image_encoder("OUT")` and every --encoder flag read, and OUT/log.jsonl; started again with
-the same arguments, it goes on from last.pth.
+ScaLR's released WaffleIron can stand in for stage 1 (Table D, second row):
+--stage1 WI_768-.../model.pth --encoder dinov2_vitl14.
+
+Writes OUT/last.pth, which `load_image_encoder("OUT")` and every --encoder flag read, and
+OUT/log.jsonl. Started again with the same arguments, it goes on from last.pth.
 """
 import torch
 from tqdm import tqdm
 
 import models
 import training
-from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
 from data import CLOUD, Frames, collate
 from distill import distillation_loss, feature_spread, sample_features
 from errors import InputError, one_line_errors, say
-from plumbing.fingerprint import check
 from index import CONDITIONS, load_index
+from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
+from plumbing.fingerprint import check
 from run_folder import Log, Saver, check_finite, find_last
 from waffleiron import load_waffleiron
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
-# Least value of a spread, and the part of its distance from there before stage 2 below which features are said to collapse. Low,
-# because a stage 2 that helps leaves many directions too: in the demo the effective rank falls to a tenth (log.jsonl).
+
+# (floor, share): features count as collapsed when
+# `spread - floor < share * (spread before stage 2 - floor)`. The shares are low, because a stage 2
+# that helps leaves many directions too: in the demo the effective rank falls to a tenth.
 COLLAPSED = {"feature_variance": (0, 0.1), "effective_rank": (1, 0.02)}
 
 
+# ---- arguments -----------------------------------------------------------------------------------
+
 def parse(argv=None):
     parser = Parser(__doc__)
-    training.add_arguments(parser)
     add = parser.add_argument
-    add("--stage1", required=True, help="stage 1's folder or checkpoint, or released weights of ScaLR")
-    models.add_arguments(parser, help="the image encoder to train (default: stage 1's own, with its --weights, --hub and --feature)")
-    add("--train-batchnorm", action="store_true", help="let a ResNet-50's BatchNorm normalise by the batch and update its statistics, "
-        "each process its own (default: they stay as released)")
-    add("--checkpoint", action="store_true", help="compute the blocks of the image encoder again in the backward pass instead of keeping "
-        "them: the same result, a fraction of the memory, a third more time")
+    training.add_arguments(parser)
+    # the encoders
+    add("--stage1", required=True,
+        help="stage 1's folder or checkpoint, or released weights of ScaLR")
+    models.add_arguments(parser,
+        help="the image encoder to train (default: stage 1's own, with its --weights, --hub and "
+             "--feature)")
+    add("--train-batchnorm", action="store_true",
+        help="let a ResNet-50's BatchNorm normalise by the batch and update its statistics, each "
+             "process its own (default: they stay as released)")
+    add("--checkpoint", action="store_true",
+        help="compute the blocks of the image encoder again in the backward pass instead of "
+             "keeping them: the same result, a fraction of the memory, a third more time")
+    # the frames
     add("--conditions", nargs="+", action=Distinct, choices=CONDITIONS, default=list(CONDITIONS),
         help="frames to learn from (default: all, Sec. 3.2)")
-    add("--cameras", default="all", help="of a frame: all (an epoch sees each), random (one), or a channel "
-        "(default: %(default)s; the GPU-hours of Table L)")
+    add("--cameras", default="all",
+        help="of a frame: all (an epoch sees each), random (one), or a channel "
+             "(default: %(default)s; the GPU-hours of Table L)")
+    # the run
     add("--epochs", type=COUNT, default=1, help="(default: %(default)s, Sec. 4.1)")
-    add("--batch", type=COUNT, default=32, help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
-    add("--lr", type=POSITIVE, default=LR, help="peak learning rate (default: ViT 2e-5, ResNet-50 5e-3, Sec. 4.1)")
-    add("--end-lr", type=RATE, default=1e-5, help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
-    add("--warmup", type=real(0, 1), default=0.1, help="part of the run from 0 to --lr (default: %(default)s, our choice)")
-    add("--weight-decay", type=RATE, default=0.03, help="of AdamW (default: %(default)s, Sec. 4.1)")
+    add("--batch", type=COUNT, default=32,
+        help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
+    add("--lr", type=POSITIVE, default=LR,
+        help="peak learning rate (default: ViT 2e-5, ResNet-50 5e-3, Sec. 4.1)")
+    add("--end-lr", type=RATE, default=1e-5,
+        help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
+    add("--warmup", type=real(0, 1), default=0.1,
+        help="part of the run from 0 to --lr (default: %(default)s, our choice)")
+    add("--weight-decay", type=RATE, default=0.03,
+        help="of AdamW (default: %(default)s, Sec. 4.1)")
     return parser.parse_args(argv)
 
 
+# ---- the two encoders ----------------------------------------------------------------------------
+
+def both_encoders(args, device):
+    """The image encoder to train, on the device; the 3D encoder; the checkpoint of stage 1.
+
+    The checkpoint is empty where released weights stand in for stage 1.
+    """
+    waffleiron, stage1 = load_waffleiron(args.stage1)
+    if not stage1:
+        say(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes")
+    with training.first_process_first():
+        encoder = image_encoder_of(args, stage1).to(device)
+    check_pair(args, encoder, waffleiron, stage1)
+    encoder.keep_less(args.checkpoint)
+    return encoder, waffleiron, stage1
+
+
+def image_encoder_of(args, stage1):
+    """The image encoder to train: of the flags, else the one of stage 1's checkpoint `stage1`.
+
+    Raises InputError where neither says which.
+    """
+    if not args.encoder and not stage1:
+        raise InputError(f"--stage1 {args.stage1}: released weights do not say which image encoder "
+                         "they were trained for; add --encoder (ScaLR: dinov2_vitl14)")
+    theirs = models.source_in(stage1, args.stage1)
+    if args.encoder:
+        source = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub}
+    else:
+        own = {"weights": args.weights, "hub": args.hub}
+        source = theirs | {name: value for name, value in own.items() if value}
+    source["feature"] = args.feature or theirs.get("feature")  # what the head was trained to give
+    return models.load_image_encoder(**source, careful=False)
+
+
+def check_pair(args, encoder, waffleiron, stage1):
+    """Raise InputError unless the 3D encoder was trained for the image encoder."""
+    name = encoder.spec["name"]
+    dim = waffleiron.spec["out_channels"]
+    if encoder.dim != dim:
+        raise InputError(f"--encoder {name}: its features have {encoder.dim} channels, the head of "
+                         f"--stage1 {args.stage1} gives {dim}; it was trained for another encoder")
+    if args.train_batchnorm and encoder.row.vit:
+        raise InputError(f"--train-batchnorm: {name} has no BatchNorm")
+    if stage1:
+        check(f"--stage1 {args.stage1}", stage1.get("made_from", {}),
+              {"encoder": encoder.fingerprint()},
+              "give that one as --encoder, or train stage 1 for this one")
+
+
+def say_if_collapsed(before, now, done, bar, log):
+    """A line on the bar and in the log if the features' spread has fallen from `before` too far."""
+    signs = []
+    for name, (floor, share) in COLLAPSED.items():
+        if now[name] - floor < share * (before[name] - floor):
+            signs.append(f"{name} {before[name]:.3g} -> {now[name]:.3g}")
+    if signs and training.rank() == 0:
+        bar.write(f"step {done}: the image encoder's features collapse, {', '.join(signs)}; "
+                  "try a lower --lr")
+        log.append(step=done, collapse=signs)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
 @one_line_errors
 def main(argv=None, dataset=Frames, **more):
-    """dataset: Frames, or what changes a sensor (experiments/corruptions.py); more: what says so among the run's arguments."""
+    """dataset: Frames, or what changes a sensor; more: what says so among the run's arguments."""
     args = parse(argv)
     vars(args).update(more)
     device = training.start(args)
 
     # ---- both encoders ----
-    waffleiron, stage1 = load_waffleiron(args.stage1)  # of released weights nothing but the weights is known
-    if not args.encoder and not stage1:
-        raise InputError(f"--stage1 {args.stage1}: released weights do not say which image encoder they were trained for; add "
-                         "--encoder (ScaLR: dinov2_vitl14)")
-    if not stage1:
-        say(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes")
-    theirs = models.source_in(stage1, args.stage1)
-    if args.encoder:
-        source = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub}
-    else:
-        source = theirs | {name: value for name, value in (("weights", args.weights), ("hub", args.hub)) if value}
-    source["feature"] = args.feature or theirs.get("feature")  # what the head was trained to give
-    with training.first_process_first():
-        encoder = models.load_image_encoder(**source, careful=False).to(device)
-    if encoder.dim != waffleiron.spec["out_channels"]:
-        raise InputError(f"--encoder {encoder.spec['name']}: its features have {encoder.dim} channels, the head of --stage1 {args.stage1} "
-                         f"gives {waffleiron.spec['out_channels']}; it was trained for another encoder")
-    made_from = {"stage1": waffleiron.fingerprint(), "encoder": encoder.fingerprint()}
-    if stage1:
-        check(f"--stage1 {args.stage1}", stage1.get("made_from", {}), {"encoder": made_from["encoder"]},
-              "give that one as --encoder, or train stage 1 for this one")
-    encoder.keep_less(args.checkpoint)
-    if args.train_batchnorm and encoder.row.vit:
-        raise InputError(f"--train-batchnorm: {encoder.spec['name']} has no BatchNorm")
-    image_size = encoder.check_size(args.image_size or stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE))
+    encoder, waffleiron, stage1 = both_encoders(args, device)
+    image_size = (args.image_size or stage1.get("image_size")
+                  or encoder.spec.get("image_size", models.IMAGE_SIZE))
+    image_size = encoder.check_size(image_size)
     args.lr = models.of_family(args.lr, encoder)
 
     # ---- data ----
@@ -95,33 +160,39 @@ def main(argv=None, dataset=Frames, **more):
     if training.rank() == 0:
         print(index.summary(), flush=True)
     skip_bad = args.on_bad_frame == "skip"
-    frames = dataset(index, index.select("train", args.conditions, args.limit, skip_bad=skip_bad), args.cameras, image_size,
-                     stage1.get("cloud", CLOUD), training=True, skip_bad=skip_bad, seed=args.seed)
-    made_from["frames"] = index.fingerprint(frames.rows)
+    rows = index.select("train", args.conditions, args.limit, skip_bad=skip_bad)
+    frames = dataset(index, rows, args.cameras, image_size, stage1.get("cloud", CLOUD),
+                     training=True, skip_bad=skip_bad, seed=args.seed)
+
+    # ---- resume: a run of the same arguments, encoders and frames goes on ----
+    made_from = {"stage1": waffleiron.fingerprint(), "encoder": encoder.fingerprint(),
+                 "frames": index.fingerprint(rows)}
     checkpoint = find_last(args, made_from)
-    total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
+    total = args.steps or len(frames) // args.batch * args.epochs
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
     loader = training.load(frames, batches, collate, args.workers, device)
 
     # ---- model ----
     waffleiron = waffleiron.to(device).eval().requires_grad_(False)
     encoder.train(args.train_batchnorm)  # in eval() it is trained too, as what it will be used as
-    model = training.distribute(encoder, device, find_unused_parameters=True)  # e.g. the final norm, for "prenorm"
+    # Some parameters have no part in the features, as the final norm in "prenorm"
+    model = training.distribute(encoder, device, find_unused_parameters=True)
 
     # ---- optimizer ----
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     warmup = round(args.warmup * total)
-
-    # ---- resume ----
     if checkpoint:
         encoder.backbone.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    spread = before = checkpoint.get("spread") if checkpoint else None  # now, and before the first step
-    log, saver = Log(args.out, device, encoder, checkpoint, len(frames.rows)), Saver(args, batches.per_epoch, total)
-    bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0, mininterval=2)
+    before = checkpoint.get("spread") if checkpoint else None  # of the features before stage 2
+    spread = before
+    log = Log(args.out, device, encoder, checkpoint, len(rows))
+    saver = Saver(args, batches.per_epoch, total)
+    bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0,
+               mininterval=2)
     for step, batch in saver.guard(enumerate(bar, first)):
         lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
         for group in optimizer.param_groups:
@@ -129,9 +200,11 @@ def main(argv=None, dataset=Frames, **more):
         batch = training.to_device(batch, device)
         with training.autocast(device, args.precision):
             with torch.no_grad():
-                point_features = waffleiron(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])  # [M, D]
+                point_features = waffleiron(
+                    batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])  # [M, D]
             maps = model(batch["image"])  # [B, D, h, w]
-            pixel_features = sample_features(maps, batch["pixels"], batch["batch"], image_size)  # [M, D]
+            pixel_features = sample_features(
+                maps, batch["pixels"], batch["batch"], image_size)  # [M, D]
         loss = distillation_loss(pixel_features, point_features, "3d_to_2d")
         loss = loss * training.share(len(pixel_features), device)
         optimizer.zero_grad()
@@ -145,11 +218,7 @@ def main(argv=None, dataset=Frames, **more):
         if before is None or done % 50 == 0 or epoch_ends:
             spread = feature_spread(pixel_features)
             before = before or spread
-            collapsed = [f"{name} {before[name]:.3g} -> {spread[name]:.3g}" for name, (least, part) in COLLAPSED.items()
-                         if spread[name] - least < part * (before[name] - least)]
-            if collapsed and training.rank() == 0:
-                bar.write(f"step {done}: the image encoder's features collapse, {', '.join(collapsed)}; try a lower --lr")
-                log.append(step=done, collapse=collapsed)
+            say_if_collapsed(before, spread, done, bar, log)
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
         if epoch_ends:
@@ -158,8 +227,8 @@ def main(argv=None, dataset=Frames, **more):
             saver.save({
                 "kind": "image_encoder", "encoder": encoder.spec | {"image_size": image_size},
                 "model": encoder.backbone.state_dict(), "made_from": made_from,
-                "optimizer": optimizer.state_dict(), "step": done, "total": total, "log": log.state(), "spread": before,
-                "args": vars(args)})
+                "optimizer": optimizer.state_dict(), "step": done, "total": total,
+                "log": log.state(), "spread": before, "args": vars(args)})
     log.report()
 
 

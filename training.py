@@ -1,7 +1,8 @@
-"""What every script needs and no paper mentions: processes, schedules, batches in order. Checkpoints and logs: run_folder.py.
+"""What every script needs and no paper mentions: processes, schedules, batches in order.
 
-There is no hidden state: learning rates, the order of the data and every random draw are functions of (seed, step); a
-checkpoint needs no random state and a resumed run is the run that never stopped (on a GPU up to its order of summation).
+Checkpoints and logs are in run_folder.py. There is no hidden state: learning rates, the order of
+the data and every random draw are functions of (seed, step). So a checkpoint needs no random state,
+and a resumed run is the run that never stopped (on a GPU up to its order of summation).
 """
 import atexit
 import contextlib
@@ -12,36 +13,52 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from errors import InputError
 from plumbing.arguments import COUNT, RATE, SEED, WORKERS
 from plumbing.endings import Loader, allow_open_files, obey_second_signal
-from errors import InputError
 
 
 def add_arguments(parser, out_required=True):
     """The flags that all training scripts share."""
     add = parser.add_argument
+    # data and folder
     add("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
-    add("--version", default="v1.0-trainval", help="version folder of the root (default: %(default)s)")
-    add("--out", required=out_required, help="folder for last.pth and log.jsonl; a run found there is resumed")
+    add("--version", default="v1.0-trainval",
+        help="version folder of the root (default: %(default)s)")
+    add("--out", required=out_required,
+        help="folder for last.pth and log.jsonl; a run found there is resumed")
     add("--limit", type=COUNT, help="use only so many frames, spread evenly (default: all)")
-    add("--steps", type=COUNT, help="train for so many steps instead of --epochs, schedule included")
-    add("--restart", action="store_true", help="where --out holds a run with other arguments, set its files aside and begin anew")
-    add("--save-every", type=RATE, default=10, metavar="MINUTES", help="between checkpoints; each epoch's end writes one too (default: %(default)s)")
-    add("--on-bad-frame", choices=("stop", "skip"), default="stop", help="a damaged scan, image or calibration: stop and name it, or skip it: "
-        "the next frame takes its place, log.jsonl names it, more than 1 %% stop the run (default: %(default)s)")
+    # length, interruptions and faults
+    add("--steps", type=COUNT,
+        help="train for so many steps instead of --epochs, schedule included")
+    add("--restart", action="store_true",
+        help="where --out holds a run with other arguments, set its files aside and begin anew")
+    add("--save-every", type=RATE, default=10, metavar="MINUTES",
+        help="between checkpoints; each epoch's end writes one too (default: %(default)s)")
+    add("--on-bad-frame", choices=("stop", "skip"), default="stop",
+        help="a damaged scan, image or calibration: stop and name it, or skip it: the next frame "
+             "takes its place, log.jsonl names it, more than 1 %% stop the run "
+             "(default: %(default)s)")
+    # machine
     add("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1),
         help="data-loading processes for each training process (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--seed", type=SEED, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--seed", type=SEED, default=0,
+        help="of weights, order and augmentation (default: %(default)s)")
 
 
-# ---- processes ----
+# ---- processes ----------------------------------------------------------------------------------
 
 def start(args):
-    """Join the process group if torchrun started us, seed the initial weights; returns the device."""
+    """Join the process group if torchrun started us and seed the initial weights.
+
+    Returns the device. Raises InputError if it cannot be used.
+    """
     obey_second_signal()
     allow_open_files()
+
+    # The device, which is tried with one number
     local = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -51,9 +68,11 @@ def start(args):
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+    # The group. The first process may index the data and download weights while the others wait
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # others wait while the first process builds the index of the data and downloads weights
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     torch.manual_seed(args.seed)
     return device
@@ -71,7 +90,10 @@ def world():
 
 @contextlib.contextmanager
 def first_process_first():
-    """Run the block in each machine's first process before the others: it builds caches and downloads that they read."""
+    """Run the block in each machine's first process before the others.
+
+    It builds the caches and downloads the files that the others read.
+    """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if world() > 1 and not first:
         dist.barrier()
@@ -81,72 +103,93 @@ def first_process_first():
 
 
 def by_first_process(function):
-    """What `function` gives in the first process, told to all: for what depends on files, which may change in between.
+    """What `function` gives in the first process, told to all; so is an InputError that it raises.
 
-    An InputError there is raised in all of them.
+    For what depends on files, which may change between one process's look and another's.
     """
     if world() == 1:
         return function()
-    found = [None, None]
+    result, message = None, None
     if rank() == 0:
         try:
-            found[0] = function()
+            result = function()
         except InputError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise InputError(found[1])
-    return found[0]
+            message = str(error)
+    told = [result, message]
+    dist.broadcast_object_list(told)
+    result, message = told
+    if message is not None:
+        raise InputError(message)
+    return result
 
 
 def sum_over_processes(tensor):
+    """The sum of a tensor over all processes, in place. All processes must call it."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def share(count, device):
-    """What to multiply a process's mean over `count` pairs by, so that averaging over processes is the mean over all."""
+    """DDP averages over processes, which hold different numbers of pairs. A process's mean times
+    this factor makes that average the mean over all pairs.
+    """
     total = sum_over_processes(torch.tensor(float(count), device=device))
     return count * world() / total.clamp(min=1)
 
 
 def distribute(model, device, **options):
-    """`model` with its gradients averaged over the processes; the model itself if there is only one."""
+    """`model` with its gradients averaged over the processes; unchanged if there is only one."""
     if world() == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+    devices = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices,
                                                      broadcast_buffers=False, **options)
 
 
 def autocast(device, precision):
-    """bf16 on GPUs unless told otherwise. fp16 is not offered: with BatchNorm and small batches it gives NaN."""
+    """Mixed precision in a `with` block. precision: "bf16", "fp32" or None (bf16 on a GPU only).
+
+    fp16 is not offered: with BatchNorm and small batches it gives NaN.
+    """
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-# ---- schedule and batches ----
+# ---- schedule and batches -----------------------------------------------------------------------
 
 def cosine(step, total, peak, end=0.0, warmup=0):
-    """Learning rate at `step` of `total`: linear from 0 to `peak` in `warmup` steps, then a cosine down to `end`."""
+    """Learning rate at `step` of `total`.
+
+    Linear from 0 to `peak` in `warmup` steps, then a cosine down to `end`.
+    """
     if step < warmup:
         return peak * step / warmup
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+    angle = math.pi * (step - warmup) / max(1, total - warmup)
+    return end + (peak - end) * (1 + math.cos(angle)) / 2
 
 
 class Batches:
-    """This process's part of the batches of steps `first` .. `last`-1: lists of (epoch, item number).
+    """This process's part of the batches of steps `first` .. `last`-1: lists of (epoch, number).
 
-    Each epoch is a permutation of the items by (seed, epoch), cut into global batches of `batch`; the rest is dropped.
+    Each epoch is a permutation of the item numbers by (seed, epoch), cut into global batches of
+    `batch`; the rest is dropped. Raises InputError where no such batch can be cut.
     """
 
     def __init__(self, items, batch, first, last, seed):
         if batch % world():
-            raise InputError(f"--batch {batch}: it is the batch over all {world()} processes, so a multiple of {world()}")
+            raise InputError(f"--batch {batch}: it is the batch over all {world()} processes, "
+                             f"so a multiple of {world()}")
         if items < batch:
-            raise InputError(f"--batch {batch}: there are only {items} items to draw from; lower it, or raise --limit")
-        self.items, self.batch, self.first, self.last, self.seed = items, batch, first, last, seed
-        self.per_epoch, self.order = items // batch, (None, [])  # the epoch that was drawn last, and its permutation
+            raise InputError(f"--batch {batch}: there are only {items} items to draw from; "
+                             "lower it, or raise --limit")
+        self.items = items
+        self.batch = batch
+        self.first = first
+        self.last = last
+        self.seed = seed
+        self.per_epoch = items // batch
+        self.order = (None, [])  # the epoch that was drawn last, and its permutation
 
     def __len__(self):
         return self.last - self.first
@@ -166,14 +209,19 @@ class Batches:
 
 
 def load(dataset, batches, collate, workers, device):
-    """A DataLoader over `batches`, which may be any iterable of lists of (epoch, item number)."""
+    """A DataLoader over `batches`, any iterable of lists of (epoch, item number)."""
     return Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                   pin_memory=device.type == "cuda")
 
 
 def to_device(batch, device):
-    """Tensors of a batch on the device; images become float in [0, 1] there, so that they travel as bytes."""
-    batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for name, value in batch.items()}
-    if "image" in batch:
-        batch["image"] = batch["image"].float() / 255
-    return batch
+    """Move a batch's tensors to the device.
+
+    Images travel as bytes and become floats in [0, 1] there.
+    """
+    moved = {}
+    for name, value in batch.items():
+        moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+    if "image" in moved:
+        moved["image"] = moved["image"].float() / 255
+    return moved

@@ -1,7 +1,8 @@
-"""The vision transformer: DINO, iBOT, DINOv2, Depth Anything V2, CLIP and DINOv3 are this one with different arguments.
+"""The vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021).
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021. Weights have the names of DINO's release, which are timm's,
-and what later releases added to them; where a release has others (CLIP), models.py says which.
+DINO, iBOT, DINOv2, Depth Anything V2, CLIP and DINOv3 are this one with different arguments.
+Weights have the names of DINO's release, which are timm's, and what later releases added to them.
+Where a release has others (CLIP), models.py says which.
 """
 import math
 
@@ -13,14 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from errors import say
 
 
-# ---- positions ------------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 
 def interpolate_positions(pos_embed, grid, h, w, antialias):
-    """Learned position embeddings [1, 1 + H W, D] of a grid (H, W), cls token first, for another grid: [1, 1 + h w, D].
+    """Learned position embeddings [1, 1 + H W, D] of a grid (H, W) for another: [1, 1 + h w, D].
 
-    Bicubic, as the releases do it. Without `antialias` (DINO, iBOT, DINOv2, Depth Anything V2) the scale is that of a grid
-    of (h + 0.1, w + 0.1): it was put there against rounding, but it moves every sample, so the features depend on it. With
-    it (DINOv2 with registers) the scale is exact and shrinking averages.
+    The cls token comes first. Bicubic, as the releases do it. Without `antialias` (DINO, iBOT,
+    DINOv2, Depth Anything V2) the scale is that of a grid of (h + 0.1, w + 0.1): it was put there
+    against rounding, but it moves every sample, so the features depend on it. With it (DINOv2 with
+    registers) the scale is exact and shrinking averages.
     """
     if (h, w) == tuple(grid):
         return pos_embed
@@ -28,60 +30,80 @@ def interpolate_positions(pos_embed, grid, h, w, antialias):
     if antialias:
         plane = F.interpolate(plane, size=(h, w), mode="bicubic", antialias=True)
     else:
-        plane = F.interpolate(plane, scale_factor=((h + 0.1) / grid[0], (w + 0.1) / grid[1]), mode="bicubic")
-    return torch.cat([pos_embed[:, :1], plane.flatten(2).transpose(1, 2)], 1)
+        scale = ((h + 0.1) / grid[0], (w + 0.1) / grid[1])
+        plane = F.interpolate(plane, scale_factor=scale, mode="bicubic")
+    patches = plane.flatten(2).transpose(1, 2)  # [1, h w, D]
+    return torch.cat([pos_embed[:, :1], patches], 1)
 
 
 def on_the_grid_of(vit, state, name, source):
-    """A state dict whose position embeddings, `name`, are on the grid of the ViT, to which those of another are interpolated.
+    """A state dict whose position embeddings, `name`, are on the grid of the ViT.
 
-    Which grid they are of is not in the file: it has the shape of the ViT's own, or is a square (DINOv2 trains at 224 pixels on
-    16 x 16 patches). What is neither stays as it is.
+    Those of another grid are interpolated to it, with a line that says so. Which grid they are of
+    is not in the file: it has the shape of the ViT's own, or is a square (DINOv2 trains at 224
+    pixels on 16 x 16 patches). What is neither stays as it is.
     """
-    value, (rows, columns) = state.get(name), vit.grid
-    of_rows = torch.is_tensor(value) and value.layout == torch.strided and value.ndim in (2, 3)
-    if not of_rows or value.shape[-1] != vit.pos_embed.shape[-1] or value.shape[-2] == 1 + rows * columns:
+    value = state.get(name)
+    h, w = vit.grid
+    is_table = torch.is_tensor(value) and value.layout == torch.strided and value.ndim in (2, 3)
+    if not is_table or value.shape[-1] != vit.pos_embed.shape[-1]:
         return state
-    count = value.shape[-2] - 1
-    scale = (count / (rows * columns)) ** 0.5
-    grids = [(round(rows * scale), round(columns * scale)), (round(count**0.5),) * 2]
-    grid = next((grid for grid in grids if grid[0] * grid[1] == count > 0), None)
-    if grid is None:
+    count = value.shape[-2] - 1  # without the cls token
+    grid = _grid_of(count, h, w)
+    if grid is None or count == h * w:
         return state
-    say(f"{source}: positions of {grid[0]} x {grid[1]} patches, interpolated once to {rows} x {columns}, those of the release")
+    say(f"{source}: positions of {grid[0]} x {grid[1]} patches, interpolated once to {h} x {w}, "
+        "those of the release")
     # In double precision, so that every machine rounds to the same weights
-    positions = interpolate_positions(value.double().view(1, 1 + count, -1), grid, rows, columns, vit.antialias)
-    return state | {name: positions.to(value.dtype).view(*value.shape[:-2], 1 + rows * columns, -1)}
+    positions = value.double().view(1, 1 + count, -1)
+    positions = interpolate_positions(positions, grid, h, w, vit.antialias).to(value.dtype)
+    return state | {name: positions.view(*value.shape[:-2], 1 + h * w, -1)}
+
+
+def _grid_of(count, h, w):
+    """The grid of `count` patches that has the shape of (h, w), or is a square; None if none is."""
+    scale = (count / (h * w)) ** 0.5
+    side = round(count**0.5)
+    for grid in ((round(h * scale), round(w * scale)), (side, side)):
+        if grid[0] * grid[1] == count > 0:
+            return grid
+    return None
 
 
 class RotaryPositions(nn.Module):
-    """DINOv3's positions (Siméoni et al., 2025, Sec. 3.2): a rotation of queries and keys by the patch's place.
+    """DINOv3's positions (Siméoni et al., 2025, Sec. 3.2).
 
-    A quarter of a head's channels per axis and per phase; places are relative to the image, from -1 to 1 on either axis.
+    Queries and keys are rotated by the patch's place: a quarter of a head's channels per axis and
+    per phase. Places are relative to the image, from -1 to 1 on either axis.
     """
 
     def __init__(self, head_dim):
         super().__init__()
-        self.register_buffer("periods", 100 ** (4 * torch.arange(head_dim // 4) / head_dim))
+        powers = 4 * torch.arange(head_dim // 4) / head_dim
+        self.register_buffer("periods", 100**powers)
 
     def forward(self, h, w):
         """sin and cos [h w, head_dim]."""
-        rows = (torch.arange(h, device=self.periods.device) + 0.5) / h * 2 - 1
-        cols = (torch.arange(w, device=self.periods.device) + 0.5) / w * 2 - 1
-        places = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)  # [h w, 2]
-        angles = (2 * math.pi * places.unsqueeze(-1) / self.periods.float()).flatten(1).repeat(1, 2)
+        device = self.periods.device
+        rows = (torch.arange(h, device=device) + 0.5) / h * 2 - 1
+        cols = (torch.arange(w, device=device) + 0.5) / w * 2 - 1
+        places = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
+        angles = 2 * math.pi * places.unsqueeze(-1) / self.periods.float()  # [h w, 2, head_dim / 4]
+        angles = angles.flatten(1).repeat(1, 2)
         return angles.sin(), angles.cos()
 
 
 def rotate(x, rotation):
-    """Rotate the last tokens of [B, heads, T, head_dim], the patches; cls and register tokens have no place."""
+    """Rotate the patches, the last tokens of [B, heads, T, head_dim]; the others have no place."""
     sin, cos = rotation
-    others, patches = x[:, :, :-len(sin)], x[:, :, -len(sin):]
+    others = x[:, :, :-len(sin)]
+    patches = x[:, :, -len(sin):]
     first, second = patches.chunk(2, -1)
-    return torch.cat([others, (patches * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)], 2)
+    turned = patches * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([others, turned.to(x.dtype)], 2)
 
 
-# ---- a block --------------------------------------------------------------------------------------------------------
+# ---- a block -------------------------------------------------------------------------------------
 
 class MaskedKeyBias(nn.Linear):
     """DINOv3's layer for queries, keys and values: the released mask takes the keys' bias out."""
@@ -103,9 +125,11 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, T, D/heads]
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads] each
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
@@ -113,28 +137,37 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim, hidden, quick_gelu):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
         self.quick_gelu = quick_gelu
 
     def forward(self, x):
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+        x = x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x)
+        return self.fc2(x)
 
 
 class SwiGLU(nn.Module):
-    """Shazeer, "GLU Variants Improve Transformer", 2020. Gate and value are one layer in DINOv2, two in DINOv3."""
+    """Shazeer, "GLU Variants Improve Transformer", 2020.
+
+    Gate and value are one layer in DINOv2 (`fused`), two in DINOv3.
+    """
 
     def __init__(self, dim, hidden, fused):
         super().__init__()
         if fused:
             self.w12 = nn.Linear(dim, 2 * hidden)
         else:
-            self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+            self.w1 = nn.Linear(dim, hidden)
+            self.w2 = nn.Linear(dim, hidden)
         self.w3 = nn.Linear(hidden, dim)
         self.fused = fused
 
     def forward(self, x):
-        gate, value = self.w12(x).chunk(2, -1) if self.fused else (self.w1(x), self.w2(x))
+        if self.fused:
+            gate, value = self.w12(x).chunk(2, -1)
+        else:
+            gate, value = self.w1(x), self.w2(x)
         return self.w3(F.silu(gate) * value)
 
 
@@ -150,41 +183,69 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. mlp: "gelu", "quick_gelu" (CLIP), "swiglu12" (DINOv2) or "swiglu" (DINOv3)."""
+    """A pre-norm transformer block.
+
+    mlp: "gelu", "quick_gelu" (CLIP), "swiglu12" (DINOv2) or "swiglu" (DINOv3).
+    """
 
     def __init__(self, dim, heads, hidden, mlp="gelu", layer_scale=False, eps=1e-6, rotary=False):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads, rotary)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, rotary)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = SwiGLU(dim, hidden, mlp == "swiglu12") if mlp.startswith("swiglu") else Mlp(dim, hidden, mlp == "quick_gelu")
-        self.ls1, self.ls2 = (LayerScale(dim) if layer_scale else nn.Identity() for _ in range(2))
+        if mlp.startswith("swiglu"):
+            self.mlp = SwiGLU(dim, hidden, fused=mlp == "swiglu12")
+        else:
+            self.mlp = Mlp(dim, hidden, quick_gelu=mlp == "quick_gelu")
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x, rotation=None):
         x = x + self.ls1(self.attn(self.norm1(x), rotation))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-# ---- the transformer ------------------------------------------------------------------------------------------------
+# ---- the transformer -----------------------------------------------------------------------------
+
+OPTIONS = dict(antialias=False, registers=None, layer_scale=False, mask_token=False, clip=False)
+
 
 class ViT(nn.Module):
     """Vision transformer.
 
-    patch_size in pixels; dim, depth, heads: width, blocks, heads of a block. hidden: width inside a block's MLP (default
-    4 dim); mlp: its kind, see Block. grid: (H, W) patches that the position embeddings stand for; None: rotary positions
-    (DINOv3). antialias: see `interpolate_positions`. registers: (name, number) of tokens beside the cls token (Darcet et
-    al., ICLR 2024). layer_scale: a factor on each residual branch. clip: a LayerNorm before the blocks, no bias in the
-    patch embedding, and `proj`. mask_token: with one. Neither it nor CLIP's `proj` has a part in a feature map; they are
-    kept as buffers, so that released weights go in and out whole. `checkpoint = True` keeps only the blocks' inputs for the
-    backward pass, which computes them again: the same result, a fraction of the memory.
+    Args:
+        patch_size: in pixels. dim, depth, heads: width, blocks, heads of a block.
+        hidden: width inside a block's MLP (default 4 dim). mlp: its kind, see Block.
+        grid: (H, W) patches that the position embeddings stand for; None: rotary positions
+            (DINOv3).
+        Of OPTIONS, what releases after DINO added:
+        antialias: see `interpolate_positions`.
+        registers: (name, number) of tokens beside the cls token (Darcet et al., ICLR 2024).
+        layer_scale: a factor on each residual branch.
+        mask_token: with one. clip: a LayerNorm before the blocks, no bias in the patch embedding,
+            and `proj`. Neither the mask token nor `proj` has a part in a feature map; they are kept
+            as buffers, so that released weights go in and out whole.
+
+    `checkpoint = True` keeps only the blocks' inputs for the backward pass, which computes the rest
+    again: the same result, a fraction of the memory.
     """
 
-    def __init__(self, patch_size, dim, depth, heads, hidden=None, mlp="gelu", grid=(14, 14), antialias=False, registers=None,
-                 layer_scale=False, mask_token=False, clip=False):
+    def __init__(self, patch_size, dim, depth, heads, hidden=None, mlp="gelu", grid=(14, 14),
+                 **options):
         super().__init__()
+        unknown = options.keys() - OPTIONS.keys()
+        if unknown:
+            raise TypeError(f"ViT has no option {', '.join(sorted(unknown))}")
+        antialias, registers, layer_scale, mask_token, clip = (OPTIONS | options).values()
         rotary = grid is None
         eps = 1e-5 if rotary or clip else 1e-6
-        self.patch_size, self.grid, self.antialias, self.registers = patch_size, grid, antialias, registers
+        self.patch_size = patch_size
+        self.grid = grid
+        self.antialias = antialias
+        self.registers = registers
         self.checkpoint = False
+
+        # Tokens and their positions
         if rotary:
             self.rope_embed = RotaryPositions(dim // heads)
         else:
@@ -196,10 +257,15 @@ class ViT(nn.Module):
             self.register_buffer("mask_token", torch.zeros(1, dim))
         if clip:
             self.register_buffer("proj", torch.zeros(dim, 512))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, stride=patch_size, bias=not clip)})
+        patches = nn.Conv2d(3, dim, patch_size, stride=patch_size, bias=not clip)
+        self.patch_embed = nn.ModuleDict({"proj": patches})
+
+        # Blocks
+        block = dim, heads, hidden or 4 * dim, mlp, layer_scale, eps, rotary
         self.norm_pre = nn.LayerNorm(dim, eps=eps) if clip else nn.Identity()
-        self.blocks = nn.ModuleList(Block(dim, heads, hidden or 4 * dim, mlp, layer_scale, eps, rotary) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
+
         for name, parameter in self.named_parameters():
             if parameter.ndim in (2, 3):  # linear layers and tokens
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -207,31 +273,37 @@ class ViT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def embed(self, images):
-        """Normalised images [B, 3, H, W] to tokens [B, T, D]: cls, registers, then h w patches row by row."""
+        """Normalised images [B, 3, H, W] to tokens [B, T, D]: cls, registers, patches by rows."""
         x = self.patch_embed["proj"](images)  # [B, D, h, w]
-        h, w = x.shape[2:]
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        count, _, h, w = x.shape
+        cls_token = self.cls_token.expand(count, -1, -1)
+        x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], 1)
         if self.grid is not None:
             x = x + interpolate_positions(self.pos_embed, self.grid, h, w, self.antialias)
         if self.registers:
-            x = torch.cat([x[:, :1], getattr(self, self.registers[0]).expand(x.shape[0], -1, -1), x[:, 1:]], 1)
+            registers = getattr(self, self.registers[0]).expand(count, -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
         return self.norm_pre(x)
 
     def feature_map(self, images, feature):
         """Normalised images [B, 3, H, W] to the patches' features [B, D, h, w] in the last block.
 
-        feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its attention's keys, before any
-        rotation (what ScaLR takes from DINO).
+        feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its
+        attention's keys, before any rotation (what ScaLR takes from DINO).
         """
         h, w = (side // self.patch_size for side in images.shape[2:])
         rotation = self.rope_embed(h, w) if self.grid is None else None
-        x, last = self.embed(images), self.blocks[-1]
+        x = self.embed(images)
         for block in self.blocks[:-1]:
-            keep_less = self.checkpoint and torch.is_grad_enabled()
-            x = checkpoint(block, x, rotation, use_reentrant=False) if keep_less else block(x, rotation)
+            if self.checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation)
+        last = self.blocks[-1]
         if feature == "keys":
-            x = last.attn.qkv(last.norm1(x)).chunk(3, -1)[1]
+            _, x, _ = last.attn.qkv(last.norm1(x)).chunk(3, -1)
+        elif feature == "norm":
+            x = self.norm(last(x, rotation))
         else:
             x = last(x, rotation)
-            x = self.norm(x) if feature == "norm" else x
         return x[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))

@@ -1,5 +1,7 @@
-"""How runs end that would wait for ever: a loading process died or cannot hand over its batch, or
-the main thread is blocked where no signal reaches it.
+"""Ends runs that would wait for ever.
+
+A run would, where a loading process died or cannot hand over its batch, and where the main thread
+is blocked and no signal reaches it.
 """
 import atexit
 import multiprocessing.queues
@@ -17,14 +19,15 @@ from torch.utils.data import DataLoader
 
 from errors import line_of
 
-PATIENCE = 30  # seconds that the main thread has to notice by itself that a loading process died
+PATIENCE = 30  # seconds in which the main thread may notice by itself that a loading process died
 
 
 def end_now(code, line):
     """End the loading processes and this one, with a line on stderr; any thread may call it."""
     try:
         _kill_loading_processes()
-        if select.select([], [2], [], 1)[1]:  # a pager that does not read must not delay it
+        _, writable, _ = select.select([], [2], [], 1)
+        if writable:  # a pager that does not read must not delay the end
             os.write(2, f"\n{line}\n".encode())
     finally:
         os._exit(code)
@@ -50,7 +53,8 @@ class Loader(DataLoader):
 
 
 def _begin_loading(_):
-    """In a loading process: outlive signals, as the main process saves first, and tell errors."""
+    """Prepare a loading process: it outlives signals and tells the main process of its errors."""
+    # After a signal the main process still has a step to finish and a checkpoint to save
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error
@@ -58,16 +62,20 @@ def _begin_loading(_):
 
 
 def _send_error(queue, error, item):
-    """Send the reason in place of a batch that cannot be sent; multiprocessing would print it."""
+    """Send the reason in place of a batch that cannot be sent.
+
+    multiprocessing would print it, and the main process would wait for the batch.
+    """
     if not isinstance(item, tuple) or isinstance(item[1], ExceptionWrapper):
         os._exit(1)  # the pipe itself is broken, or the reason cannot be sent either
     queue.put((item[0], ExceptionWrapper(where="in a loading process")))
 
 
 def _exit_with_errno(kind, error, traceback):
-    """End this loading process where its thread that hands over tensors' files fails.
+    """End this loading process when its thread that hands over tensors' files fails.
 
-    multiprocessing would print that and go on; the main process may wait for that file for ever.
+    multiprocessing would print the error and go on; the main process might wait for that file for
+    ever.
     """
     if not isinstance(error, OSError):
         sys.__excepthook__(kind, error, traceback)
@@ -81,8 +89,9 @@ def _watched(iterator):
         threading.Thread(target=_watch, args=(iterator, ended), daemon=True).start()
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:
-        # A process may die while a batch is fetched from it: what that raises says little
-        if cause := _cause_of_death(iterator._workers, seconds=1):
+        # What a batch raises whose process died while it was fetched says little
+        cause = _cause_of_death(iterator._workers, seconds=1)
+        if cause:
             raise RuntimeError(cause) from error
         raise
     finally:
@@ -90,34 +99,37 @@ def _watched(iterator):
             iterator._shutdown_workers()
         finally:
             for worker in iterator._workers:
-                if worker.is_alive():  # that was interrupted: torch's handler raises for each death
+                if worker.is_alive():  # torch's handler of SIGCHLD interrupted the shutdown
                     worker.kill()
             ended.set()
 
 
 def _cause_of_death(workers, seconds=0):
-    """What ended the first one that has ended or does within seconds, in torch's words; or ""."""
+    """What ended a process that has ended or does so within `seconds`, in torch's words; or ""."""
     ended = wait([worker.sentinel for worker in workers], timeout=seconds)
     for worker in workers:
         if worker.sentinel in ended:
             worker.join()  # a process has its exit code a moment after its sentinel
             code = worker.exitcode
-            how = (f"is killed by signal: {signal.strsignal(-code)}" if code < 0
-                   else f"exited unexpectedly with exit code {code}")
+            if code < 0:
+                how = f"is killed by signal: {signal.strsignal(-code)}"
+            else:
+                how = f"exited unexpectedly with exit code {code}"
             return f"DataLoader worker (pid {worker.pid}) {how}"
     return ""
 
 
 def _watch(iterator, ended):
-    """A thread that ends the run if the main thread does not, once a loading process has died.
+    """In a thread: once a loading process has died, end the run if the main thread does not.
 
     The main thread may wait for the rest of a message, or for a thread of torch that does.
     """
     wait([worker.sentinel for worker in iterator._workers])
     if ended.wait(PATIENCE) or _exiting.is_set():
         return
-    done = iterator._shutdown and not any(worker.exitcode for worker in iterator._workers)
-    if not done:
+    # Processes that the iterator has shut down have died as they should
+    failed = any(worker.exitcode for worker in iterator._workers)
+    if failed or not iterator._shutdown:
         end_now(2, line_of(RuntimeError(_cause_of_death(iterator._workers))))
 
 
@@ -126,13 +138,17 @@ _exiting = threading.Event()
 
 @atexit.register
 def _end_loading():
-    _exiting.set()  # multiprocessing would send SIGTERM, which they ignore, and wait for them
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed one
+    """At exit: multiprocessing would send SIGTERM, which loading processes ignore, and wait."""
+    _exiting.set()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed process
     _kill_loading_processes()
 
 
 def allow_open_files():
-    """Raise the limit of open files as far as the system allows: each tensor on its way is one."""
+    """Raise the limit of open files as far as the system allows, to 65,536 at most.
+
+    Each tensor on its way from a loading process is an open file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < enough:
@@ -148,8 +164,8 @@ _first = None  # time.monotonic of the SIGINT or SIGTERM that the run is ending 
 def obey_second_signal():
     """From now on a second SIGINT or SIGTERM ends this process at once; exit code 128 + number.
 
-    A thread sees to it: Python's own handlers wait until the main thread comes back from C. The
-    first one does what it would do without; which one is the first begins anew with each call.
+    The first one does what it would do without this call, and each call counts from one again.
+    A thread sees to it, since Python's own handlers wait until the main thread comes back from C.
     """
     global _listening, _first
     _first = None
@@ -164,15 +180,17 @@ def obey_second_signal():
 
 
 def _stop_listening():
-    """In a forked process: its signals are not its parent's."""
+    """In a forked process, whose signals are not its parent's."""
     global _listening
     signal.set_wakeup_fd(-1)
     _listening = False
 
 
 def _listen(pipe):
+    """In a thread: read the numbers of signals from the pipe, and end the run at a second one."""
     global _first
-    # `timeout`, torchrun and schedulers deliver one signal twice: to the process and to its group
+    # `timeout`, torchrun and schedulers deliver one signal twice: to the process and to its group.
+    # What comes within `grace` seconds is the same one.
     grace = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 0.3
     while True:
         for number in os.read(pipe, 64):

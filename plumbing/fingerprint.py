@@ -1,8 +1,10 @@
-"""What a thing is, whatever its path and date: fingerprints of weights and of frames, and the one comparison of them.
+"""Fingerprints of weights and of frames: they say what a thing is, whatever its path and date.
 
-A fingerprint is a small dict that a person can read, {"name": "dinov2_vits14", "feature": "prenorm", "weights": "3f2a..."}. Its
-hashes are of content alone, so what was moved or copied keeps them. Every checkpoint and every result has, as "made_from", the
-fingerprints of its sources: {"encoder": {...}, "frames": {...}}. Wherever two artefacts meet, `differences` compares them.
+A fingerprint is a small dict that a person can read:
+{"name": "dinov2_vits14", "feature": "prenorm", "weights": "3f2a..."}. Its hashes are of content
+alone, so what was moved or copied keeps them. Every checkpoint and every result has the
+fingerprints of its sources as "made_from": {"encoder": {...}, "frames": {...}}. Wherever two of
+them meet, `differences` compares them.
 """
 import hashlib
 
@@ -10,7 +12,7 @@ from errors import InputError, say
 
 
 def digest(parts):
-    """16 hexadecimal digits of an iterable of bytes. Where one part ends and the next begins counts too."""
+    """16 hexadecimal digits of an iterable of bytes. The borders between the parts count too."""
     total = hashlib.blake2b(digest_size=8)
     for part in parts:
         total.update(len(part).to_bytes(8, "little"))
@@ -19,7 +21,10 @@ def digest(parts):
 
 
 def of_weights(module):
-    """The hash of a module's parameters and buffers: of their names, types, shapes and values, on whatever device."""
+    """The hash of a module's parameters and buffers: their names, types, shapes and values.
+
+    It is the same on every device.
+    """
     import torch  # here, so that reading tables does not need it
 
     def parts():
@@ -30,7 +35,10 @@ def of_weights(module):
 
 
 def with_files(index, rows, labels):
-    """The fingerprint of frames (of an `Index` or `ImageIndex`) and of their files, which may be others under the same tables."""
+    """The fingerprint of frames (of an `Index` or `ImageIndex`) and of their files.
+
+    The files may change while the tables stay the same.
+    """
     return index.fingerprint(rows, labels) | {"files": index.files(rows, labels)}
 
 
@@ -40,18 +48,27 @@ def words(fingerprint):
 
 
 def differences(before, now):
-    """What differs of the sources that both have, {source: fingerprint} each, in words that name both; "" for nothing."""
+    """What differs of the sources that both have, in words that name both; "" for nothing.
+
+    before, now: {source: fingerprint}.
+    """
+    changed = [source for source in now if source in before and before[source] != now[source]]
     return "; ".join(f"{source}: {words(before[source])}; now: {words(now[source])}"
-                     for source in now if source in before and before[source] != now[source])
+                     for source in changed)
 
 
 def check(subject, before, now, way_out):
     """Raise InputError, naming both, where sources differ from what something was made from.
 
-    Args: subject: what the message begins with. before: its "made_from", {} where it is older than fingerprints, which is said
-    in a line. now: {source: fingerprint}. way_out: what the message ends with.
+    subject: what the message begins with.
+    before: the thing's "made_from"; a line is printed for each source that it does not name.
+    now: {source: fingerprint}.
+    way_out: what the message ends with.
     """
-    if changed := differences(before, now):
+    changed = differences(before, now)
+    if changed:
         raise InputError(f"{subject} was made from another {changed}; {way_out}")
-    if unknown := [source for source in now if source not in before]:
-        say(f"{subject} does not say which {' and '.join(unknown)} it was made from; it is older than fingerprints, so this is not checked")
+    unknown = [source for source in now if source not in before]
+    if unknown:
+        say(f"{subject} does not say which {' and '.join(unknown)} it was made from; "
+            "it is older than fingerprints, so this is not checked")

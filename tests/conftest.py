@@ -1,5 +1,7 @@
-"""What the tests share: the repository on the path, a tiny miniature world, the real keyframe where it is there."""
+"""What the tests share: the repository on the path, a tiny miniature world, a short stage 1 on it,
+and the real keyframe where it is there."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("CD_SHARED", ROOT.parent / "shared"))
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes with several threads each are slower than one
+# Several processes with several threads each are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,18 +22,25 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Root of a world of 8 training scenes (4 clear, 2 rain, 2 night) and 2 validation layouts, one frame each."""
+    """Root of a miniature world: 8 training scenes (4 clear, 2 rain, 2 night) and 2 validation
+    layouts, one frame each."""
     from miniature.world import make_world
     root = tmp_path_factory.mktemp("world") / "data"
     make_world(root, seed=7, train=(4, 2, 2), val=2, frames=1, workers=1)
     return root
 
 
+@pytest.fixture
+def copy(world, tmp_path):
+    """A copy of `world` that a test may damage."""
+    return shutil.copytree(world, tmp_path / "copy")
+
+
 @pytest.fixture(scope="session")
 def first(world, tmp_path_factory):
-    """Folder of a stage 1 of two steps on it."""
+    """Folder of a stage 1 of two steps on `world`."""
     import stage1
-    from test_scripts import stage1_args
+    from runs import stage1_args
     out = tmp_path_factory.mktemp("runs") / "s1"
     stage1.main(stage1_args(world, out, "--steps", "2"))
     return out
@@ -38,7 +48,7 @@ def first(world, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real():
-    """Root of one real nuScenes keyframe (v1.0-mini); not part of the repository."""
+    """Root of one real nuScenes keyframe (v1.0-mini), which is not part of the repository."""
     root = SHARED / "real" / "nuscenes"
     if not root.is_dir():
         pytest.skip("no real keyframe here")

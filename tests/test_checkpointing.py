@@ -1,4 +1,4 @@
-"""--checkpoint: layers that are computed again instead of kept give the same result from less memory."""
+"""--checkpoint: layers computed again instead of kept give the same result from less memory."""
 import pytest
 import torch
 
@@ -7,16 +7,19 @@ import stage1
 import stage2
 from experiments import ablations
 from models import load_image_encoder
-from test_scripts import fails_with_one_line, largest_difference, lines, model_of, stage1_args, stage2_args
+from runs import (fails_with_one_line, largest_difference, lines, model_of, stage1_args,
+                  stage2_args)
 from waffleiron import WaffleIron
 
 
 def kept_bytes(forward):
-    """Bytes that the graph of forward() keeps for its backward pass, each tensor once; and what forward() gives."""
+    """(bytes, output) of forward(): what its graph keeps for the backward pass, each tensor once,
+    and what forward() gives."""
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
@@ -24,25 +27,31 @@ def kept_bytes(forward):
 
 
 def both_ways(module, switch, forward):
-    """(bytes kept, gradients) without and with checkpointing."""
+    """(bytes kept, output, gradients) without and with checkpointing."""
     found = []
     for switch.checkpoint in (False, True):
         module.zero_grad()
         torch.manual_seed(3)
         size, out = kept_bytes(forward)
         out.square().mean().backward()
-        found.append((size, out.detach(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}))
+        gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()
+                     if parameter.grad is not None}
+        found.append((size, out.detach(), gradients))
     return found
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_waffleiron_is_the_same_and_keeps_less(drop_path):
     torch.manual_seed(0)
-    model = WaffleIron(channels=32, depth=12, out_channels=8, norm="layernorm", grids=((24, 20), (24, 8), (20, 8)), drop_path=drop_path)
+    model = WaffleIron(channels=32, depth=12, out_channels=8, norm="layernorm",
+                       grids=((24, 20), (24, 8), (20, 8)), drop_path=drop_path)
     cells = torch.stack([torch.randint(rows * cols, (300,)) for rows, cols in model.spec["grids"]])
     arguments = torch.randn(300, 5), cells, torch.randint(300, (300, 4)), torch.arange(300) // 150
-    (much, out, gradients), (little, same, again) = both_ways(model, model, lambda: model(*arguments))
-    assert torch.equal(out, same) and gradients.keys() == again.keys()
+    plain, checkpointed = both_ways(model, model, lambda: model(*arguments))
+    much, out, gradients = plain
+    little, same, again = checkpointed
+    assert torch.equal(out, same)
+    assert gradients.keys() == again.keys()
     assert all(torch.equal(gradients[name], again[name]) for name in gradients)
     assert little < 0.5 * much
     with torch.no_grad():
@@ -53,31 +62,52 @@ def test_waffleiron_is_the_same_and_keeps_less(drop_path):
 def test_a_vision_transformer_is_the_same_and_keeps_less(name):
     encoder = load_image_encoder(name, "random")
     images = torch.rand(1, 3, 64, 96)
-    (much, out, gradients), (little, same, again) = both_ways(encoder, encoder.backbone, lambda: encoder(images))
-    assert torch.equal(out, same) and gradients.keys() == again.keys()
+    plain, checkpointed = both_ways(encoder, encoder.backbone, lambda: encoder(images))
+    much, out, gradients = plain
+    little, same, again = checkpointed
+    assert torch.equal(out, same)
+    assert gradients.keys() == again.keys()
     assert all(torch.equal(gradients[key], again[key]) for key in gradients)
     assert little < 0.6 * much
 
 
 @pytest.mark.slow
-def test_the_flag_changes_nothing_but_memory(world, tmp_path, capsys):
+def test_the_flag_changes_nothing_but_memory(world, tmp_path):
+    """Stages 1 and 2, and the ablations, which take the same flags, end with the same weights."""
     norm = ["--norm", "layernorm", "--steps", "3"]
+    steps = ["--steps", "3"]
+    s1, s2 = tmp_path / "s1-kept", tmp_path / "s2-kept"
     for name, more in (("kept", []), ("again", ["--checkpoint"])):
         stage1.main(stage1_args(world, tmp_path / f"s1-{name}", *norm, *more))
-        stage2.main(stage2_args(world, tmp_path / "s1-kept", tmp_path / f"s2-{name}", "--steps", "3", *more))
+        stage2.main(stage2_args(world, s1, tmp_path / f"s2-{name}", *steps, *more))
     for stage in ("s1", "s2"):
-        assert largest_difference(model_of(tmp_path / f"{stage}-kept"), model_of(tmp_path / f"{stage}-again")) == 0
-        assert lines(tmp_path / f"{stage}-kept")[-1]["loss"] == lines(tmp_path / f"{stage}-again")[-1]["loss"]
-    for name, more in (("kept", []), ("again", ["--checkpoint"])):  # ablations have stage 1's and stage 2's flags
-        ablations.main(["2d-head", *stage1_args(world, tmp_path / f"h1-{name}", *norm, *more)])
-        ablations.main(["2d-head", *stage2_args(world, tmp_path / "h1-kept", tmp_path / f"h2-{name}", "--steps", "3", *more)])
+        kept, again = tmp_path / f"{stage}-kept", tmp_path / f"{stage}-again"
+        assert largest_difference(model_of(kept), model_of(again)) == 0
+        assert lines(kept)[-1]["loss"] == lines(again)[-1]["loss"]
+
+    h1 = tmp_path / "h1-kept"
+    for name, more in (("kept", []), ("again", ["--checkpoint"])):
+        first = stage1_args(world, tmp_path / f"h1-{name}", *norm, *more)
+        ablations.main(["2d-head", *first])
+        second = stage2_args(world, h1, tmp_path / f"h2-{name}", *steps, *more)
+        ablations.main(["2d-head", *second])
     for stage in ("h1", "h2"):
-        assert largest_difference(model_of(tmp_path / f"{stage}-kept"), model_of(tmp_path / f"{stage}-again")) == 0
+        kept, again = tmp_path / f"{stage}-kept", tmp_path / f"{stage}-again"
+        assert largest_difference(model_of(kept), model_of(again)) == 0
+
+    # A run that goes on may change the flag.
     assert "checkpoint" in run_folder.MAY_CHANGE
-    stage2.main(stage2_args(world, tmp_path / "s1-kept", tmp_path / "s2-kept", "--steps", "3", "--checkpoint"))  # the same run
-    assert "--checkpoint: not with BatchNorm" in fails_with_one_line(capsys, stage1.main, stage1_args(world, tmp_path / "x", "--checkpoint"))
+    stage2.main(stage2_args(world, s1, s2, *steps, "--checkpoint"))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_computed_again_is_refused(world, tmp_path, capsys):
+    argv = stage1_args(world, tmp_path / "x", "--checkpoint")
+    message = fails_with_one_line(capsys, stage1.main, argv)
+    assert "--checkpoint: not with BatchNorm" in message
     resnet = ["--encoder", "dino_resnet50", "--image-size", "64", "128", "--steps", "1"]
     stage1.main(stage1_args(world, tmp_path / "resnet", *resnet))
     capsys.readouterr()
-    assert "--checkpoint: for vision transformers only" in fails_with_one_line(
-        capsys, stage2.main, stage2_args(world, tmp_path / "resnet", tmp_path / "x", "--checkpoint"))
+    argv = stage2_args(world, tmp_path / "resnet", tmp_path / "x", "--checkpoint")
+    message = fails_with_one_line(capsys, stage2.main, argv)
+    assert "--checkpoint: for vision transformers only" in message

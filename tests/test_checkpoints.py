@@ -1,3 +1,4 @@
+"""Files of weights: nothing in them runs, and what they lack is named."""
 import argparse
 import os
 import pathlib
@@ -9,6 +10,8 @@ import torch
 from checkpoints import check_fit, load_checkpoint, read, strip
 from errors import InputError
 
+
+# ---- reading ------------------------------------------------------------------------------------
 
 class Harmful:
     """Unpickled, it would make a folder."""
@@ -22,15 +25,20 @@ class Harmful:
 
 @pytest.mark.parametrize("old_format", [False, True])
 def test_code_is_refused_by_name_and_not_run(tmp_path, old_format):
-    torch.save({"x": Harmful(tmp_path / "made")}, tmp_path / "x.pth", _use_new_zipfile_serialization=not old_format)
-    with pytest.raises(InputError, match=r"x.pth: the file asks for \S*mkdir, and loading that could run code"):
-        read(tmp_path / "x.pth")
+    path = tmp_path / "x.pth"
+    harmful = {"x": Harmful(tmp_path / "made")}
+    torch.save(harmful, path, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(InputError, match=r"x.pth: the file asks for \S*mkdir, "
+                                         "and loading that could run code"):
+        read(path)
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("value, name", [(pathlib.PurePosixPath("a"), "PurePosixPath"), (np.ones(2), "_reconstruct"),
-                                         (argparse.Namespace(path=pathlib.PurePosixPath("a")), "PurePosixPath"),
-                                         (torch.nn.Linear(1, 1), "Linear")])
+@pytest.mark.parametrize("value, name", [
+    (pathlib.PurePosixPath("a"), "PurePosixPath"),
+    (np.ones(2), "_reconstruct"),
+    (argparse.Namespace(path=pathlib.PurePosixPath("a")), "PurePosixPath"),
+    (torch.nn.Linear(1, 1), "Linear")])
 def test_anything_but_data_is_refused_by_name(tmp_path, value, name):
     torch.save({"x": value}, tmp_path / "x.pth")
     with pytest.raises(InputError, match=rf"asks for \S*{name}"):
@@ -38,10 +46,14 @@ def test_anything_but_data_is_refused_by_name(tmp_path, value, name):
 
 
 def test_a_namespace_and_numbers_of_numpy_are_data(tmp_path):
-    torch.save({"args": argparse.Namespace(lr=0.1), "best_miou": np.float64(61.5), "t": torch.ones(2)}, tmp_path / "x.pth")
+    torch.save({"args": argparse.Namespace(lr=0.1), "best_miou": np.float64(61.5),
+                "t": torch.ones(2)}, tmp_path / "x.pth")
     content = read(tmp_path / "x.pth")
-    assert content["args"].lr == 0.1 and content["best_miou"] == 61.5 and content["t"].tolist() == [1, 1]
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed for this one load
+    assert content["args"].lr == 0.1
+    assert content["best_miou"] == 61.5
+    assert content["t"].tolist() == [1, 1]
+    # They were allowed for this one load
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
@@ -62,12 +74,15 @@ def test_torchscript_and_damage_are_named(tmp_path):
 def test_kinds(tmp_path):
     torch.save({"kind": "probe"}, tmp_path / "last.pth")
     assert load_checkpoint(tmp_path, "probe") == {"kind": "probe"}
-    with pytest.raises(InputError, match="of kind probe, but point_encoder is needed here; stage1.py writes it"):
+    with pytest.raises(InputError, match="of kind probe, but point_encoder is needed here; "
+                                         "stage1.py writes it"):
         load_checkpoint(tmp_path, "point_encoder")
     torch.save([1], tmp_path / "last.pth")
     with pytest.raises(InputError, match="not a checkpoint of this project"):
         load_checkpoint(tmp_path, "probe")
 
+
+# ---- state dicts --------------------------------------------------------------------------------
 
 def test_strip_keeps_the_part_under_a_prefix_or_all():
     assert strip({"backbone.a": 1, "head.b": 2}, "backbone.") == {"a": 1}
@@ -75,9 +90,12 @@ def test_strip_keeps_the_part_under_a_prefix_or_all():
 
 
 def test_check_fit_names_five_of_both_sorts():
-    state = {f"their{n}": torch.ones(1) for n in range(9)} | {"w": torch.ones(2, 3)}
-    expected = {f"our{n}": (1,) for n in range(9)} | {"w": (3, 2)}
-    with pytest.raises(InputError, match="^file: missing our0; missing our1; missing our2; unexpected their0; unexpected their1 and 14 more$"):
+    state = {f"their{n}": torch.ones(1) for n in range(9)}
+    state["w"] = torch.ones(2, 3)
+    expected = {f"our{n}": (1,) for n in range(9)}
+    expected["w"] = (3, 2)
+    with pytest.raises(InputError, match="^file: missing our0; missing our1; missing our2; "
+                                         "unexpected their0; unexpected their1 and 14 more$"):
         check_fit(state, expected, "file")
     with pytest.raises(InputError, match=r"^file: w has shape \(2, 3\) instead of \(3, 2\)$"):
         check_fit({"w": torch.ones(2, 3)}, {"w": (3, 2)}, "file")

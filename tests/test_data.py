@@ -1,3 +1,4 @@
+"""One view: reading, augmenting, projecting, and what a ragged batch is made of."""
 import os
 import shutil
 
@@ -13,12 +14,14 @@ from index import CAMERAS, load_index
 
 
 def frames_of(root, **options):
-    index = load_index(root, here=True)  # in a process of its own it is the same, but the devkit is imported again
+    """The training frames of a nuScenes root."""
+    # In a process of its own the index is the same, but the devkit is imported again.
+    index = load_index(root, here=True)
     defaults = dict(image_size=(80, 160), cloud=data.CLOUD, labels=True)
     return data.Frames(index, index.select("train"), **(defaults | options))
 
 
-# ---- frames of a dataset ----
+# ---- frames of a dataset -------------------------------------------------------------------------
 
 def test_real_projection_equals_the_devkit(real):
     from nuscenes.nuscenes import NuScenes
@@ -27,13 +30,15 @@ def test_real_projection_equals_the_devkit(real):
     assert index.cameras == list(CAMERAS)
     scan = data.read_scan(os.path.join(index.root, index.lidar[0].decode()))
     for number, camera in enumerate(index.cameras):
-        devkit, devkit_depth, _ = nusc.explorer.map_pointcloud_to_image(nusc.sample[0]["data"]["LIDAR_TOP"],
-                                                                        nusc.sample[0]["data"][camera])
-        visible, pixels, depths = data.project(scan[:, :3], index.cam_from_lidar[0, number], index.intrinsics[0, number],
+        tokens = nusc.sample[0]["data"]
+        devkit, devkit_depth, _ = nusc.explorer.map_pointcloud_to_image(tokens["LIDAR_TOP"],
+                                                                        tokens[camera])
+        visible, pixels, depths = data.project(scan[:, :3], index.cam_from_lidar[0, number],
+                                               index.intrinsics[0, number],
                                                index.image_size[0, number])
         inner = (pixels > 1).all(1)  # the devkit leaves a margin of one pixel at the top and left
         assert inner.sum() == devkit.shape[1] > 3000
-        # the devkit computes in float32 on global coordinates of some 1000 m
+        # The devkit computes in float32 on global coordinates of some 1000 m.
         np.testing.assert_allclose(pixels[inner][:, ::-1], devkit[:2].T, atol=0.05)
         np.testing.assert_allclose(depths[inner], devkit_depth, atol=1e-3)
         assert (np.diff(visible) > 0).all()
@@ -65,7 +70,7 @@ def test_labels_without_lidarseg_are_refused(tmp_path, world):
     assert "labels" not in frames_of(root, labels=False)[0, 0]
 
 
-# ---- one frame ----
+# ---- one frame -----------------------------------------------------------------------------------
 
 def test_project_by_hand():
     intrinsics = np.array([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]])
@@ -93,7 +98,8 @@ def test_cells_of_the_published_release():
         features = data.point_features(points[:, :3], points[:, 3], *data.CLOUD["intensity"])
         np.testing.assert_allclose(features.T, golden["feats"][cloud, :, :len(points)], atol=1e-5)
         found = np.sort(data.nearest_neighbors(points[:, :3], 16))
-        same = (found == np.sort(golden["neighbors"][cloud, 1:, :len(points)].numpy().T)).all(1)
+        expected = np.sort(golden["neighbors"][cloud, 1:, :len(points)].numpy().T)
+        same = (found == expected).all(1)
         assert same.mean() > 0.99  # but for ties
 
 
@@ -104,12 +110,15 @@ def test_plane_sizes():
 def test_nearest_neighbors_are_others_and_nearest():
     rng = np.random.default_rng(0)
     xyz = rng.normal(size=(200, 3))
-    xyz[50:60], xyz[100:120] = xyz[40:50], xyz[100]  # coinciding points, so many at one place that not all are found
+    # Coinciding points, so many at one place that not all are found.
+    xyz[50:60] = xyz[40:50]
+    xyz[100:120] = xyz[100]
     found = data.nearest_neighbors(xyz, 5)
     distance = np.linalg.norm(xyz[:, None] - xyz[None], axis=2)
     np.fill_diagonal(distance, np.inf)
     assert not (found == np.arange(200)[:, None]).any()
-    np.testing.assert_allclose(np.sort(distance, 1)[:, :5], np.take_along_axis(distance, found, 1))
+    nearest = np.sort(distance, 1)[:, :5]
+    np.testing.assert_allclose(nearest, np.take_along_axis(distance, found, 1))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
@@ -118,14 +127,18 @@ def test_small_clouds_have_neighbors(count):
     assert found.shape == (count, 16)
     for point, row in enumerate(found):
         others = row[:max(count - 1, 1)]
-        assert sorted(others) == ([other for other in range(count) if other != point] or [0])
+        expected = [other for other in range(count) if other != point]
+        assert sorted(others) == (expected or [0])
         assert (row == np.resize(others, 16)).all()  # the ones that there are, again and again
 
 
 def test_one_point_per_voxel():
     xyz = np.array([[0.01, 0, 0], [0.09, 0, 0], [0.11, 0, 0], [-0.01, 0, 0]])
     assert data.one_per_voxel(xyz, 0.1).tolist() == [0, 2, 3]  # the first of each voxel
-    drawn = {tuple(data.one_per_voxel(xyz, 0.1, np.random.default_rng(s)).tolist()) for s in range(20)}
+    drawn = set()
+    for seed in range(20):
+        kept = data.one_per_voxel(xyz, 0.1, np.random.default_rng(seed))
+        drawn.add(tuple(kept.tolist()))
     assert drawn == {(0, 2, 3), (1, 2, 3)}
 
 
@@ -144,22 +157,25 @@ def test_rotation_and_flips_keep_geometry():
     determinants = set()
     for seed in range(30):
         moved = data.rotate_and_flip(xyz, np.random.default_rng(seed))
-        np.testing.assert_allclose(np.linalg.norm(moved - moved[0], axis=1), np.linalg.norm(xyz - xyz[0], axis=1))
+        np.testing.assert_allclose(np.linalg.norm(moved - moved[0], axis=1),
+                                   np.linalg.norm(xyz - xyz[0], axis=1))
         np.testing.assert_allclose(moved[:, 2], xyz[:, 2])
-        determinants.add(int(np.sign(np.linalg.det(np.linalg.lstsq(xyz, moved, rcond=None)[0]))))
+        matrix = np.linalg.lstsq(xyz, moved, rcond=None)[0]
+        determinants.add(int(np.sign(np.linalg.det(matrix))))
     assert determinants == {1, -1}  # with and without a flip
 
 
 def test_a_rotated_scan_with_a_rotated_camera_gives_the_same_pixels(world):
-    """Frames of reference: turning the LiDAR's frame and telling the calibration so changes nothing."""
+    """Turning the LiDAR's frame of reference, and telling the calibration so, changes nothing."""
     index = load_index(world)
     scan = data.read_scan(os.path.join(index.root, index.lidar[0].decode()))[:, :3].astype(float)
     angle = 0.7
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    before = data.project(scan, index.cam_from_lidar[0, 0], index.intrinsics[0, 0], index.image_size[0, 0])
-    after = data.project(scan @ turn[:3, :3].T, index.cam_from_lidar[0, 0] @ np.linalg.inv(turn), index.intrinsics[0, 0],
-                         index.image_size[0, 0])
+    camera = index.intrinsics[0, 0], index.image_size[0, 0]
+    cam_from_lidar = index.cam_from_lidar[0, 0]
+    before = data.project(scan, cam_from_lidar, *camera)
+    after = data.project(scan @ turn[:3, :3].T, cam_from_lidar @ np.linalg.inv(turn), *camera)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_allclose(before[1], after[1], atol=1e-6)
 
@@ -167,18 +183,27 @@ def test_a_rotated_scan_with_a_rotated_camera_gives_the_same_pixels(world):
 @pytest.mark.parametrize("factor, exact", [(1, True), (2, True), (4, False), (9, False)])
 def test_jpegs_decoded_at_a_part_of_their_resolution_look_the_same(tmp_path, factor, exact):
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 24, 3), dtype=np.uint8)).resize((80 * factor, 40 * factor), Image.Resampling.BICUBIC)
-    noisy = np.clip(np.array(coarse) + rng.normal(0, 6, (40 * factor, 80 * factor, 3)), 0, 255).astype(np.uint8)
+    h, w = 40 * factor, 80 * factor
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 24, 3), dtype=np.uint8))
+    smooth = np.array(coarse.resize((w, h), Image.Resampling.BICUBIC))
+    noisy = np.clip(smooth + rng.normal(0, 6, (h, w, 3)), 0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(tmp_path / "image.jpg", quality=92)
+
     with Image.open(tmp_path / "image.jpg") as image:
-        whole = np.array(image.convert("RGB").resize((80, 40), Image.Resampling.BILINEAR)).transpose(2, 0, 1).astype(int)
+        small = image.convert("RGB").resize((80, 40), Image.Resampling.BILINEAR)
+    whole = np.array(small).transpose(2, 0, 1).astype(int)
     difference = np.abs(data.read_image(tmp_path / "image.jpg", (40, 80)) - whole)
-    assert difference.max() <= 1 if exact else difference.mean() < 1.5 and difference.max() < 16
+    if exact:
+        assert difference.max() <= 1
+    else:
+        assert difference.mean() < 1.5
+        assert difference.max() < 16
 
 
 @pytest.mark.parametrize("raw", [(50, 90), (113, 97), (450, 800), (30, 60), (17, 31)])
 def test_resizing_is_pils_to_one_level(tmp_path, raw):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*raw, 3), dtype=np.uint8))
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*raw, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     expected = np.array(image.resize((60, 30), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     difference = np.abs(data.read_image(tmp_path / "image.png", (30, 60)).astype(int) - expected)
@@ -190,19 +215,21 @@ def test_resizing_is_antialiased(tmp_path):
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
     small = data.read_image(tmp_path / "stripes.png", (20, 40))
-    assert small.shape == (3, 20, 40) and abs(small[:, :, 2:-2].astype(int) - 127).max() < 16
+    assert small.shape == (3, 20, 40)
+    assert abs(small[:, :, 2:-2].astype(int) - 127).max() < 16
 
 
-# ---- dataset and batch ----
+# ---- dataset and batch ---------------------------------------------------------------------------
 
 def test_an_item_is_a_function_of_seed_epoch_and_number(world):
     def same(a, b):
-        return all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) if torch.as_tensor(a[k]).shape ==
-                   torch.as_tensor(b[k]).shape else False for k in a)
+        return all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
     frames = frames_of(world, training=True, augment=True, seed=3)
-    assert same(frames[2, 1], frames_of(world, training=True, augment=True, seed=3)[2, 1])
+    again = frames_of(world, training=True, augment=True, seed=3)
+    other = frames_of(world, training=True, augment=True, seed=4)
+    assert same(frames[2, 1], again[2, 1])
     assert not same(frames[2, 1], frames[3, 1])
-    assert not same(frames[2, 1], frames_of(world, training=True, augment=True, seed=4)[2, 1])
+    assert not same(frames[2, 1], other[2, 1])
     plain = frames_of(world)
     assert same(plain[0, 1], plain[5, 1])  # nothing random in evaluation
 
@@ -211,13 +238,20 @@ def test_item_shapes_and_values(world):
     item = frames_of(world)[0, 0]
     n = len(item["pixels"])
     assert n > 500
-    assert item["image"].shape == (3, 80, 160) and item["image"].dtype == torch.uint8
-    assert item["feats"].shape == (n, 5) and item["cells"].shape == (3, n) and item["neighbors"].shape == (n, 16)
-    assert item["labels"].shape == item["depths"].shape == (n,) and item["labels"].max() <= 16
+    assert item["image"].shape == (3, 80, 160)
+    assert item["image"].dtype == torch.uint8
+    assert item["feats"].shape == (n, 5)
+    assert item["cells"].shape == (3, n)
+    assert item["neighbors"].shape == (n, 16)
+    assert item["labels"].shape == item["depths"].shape == (n,)
+    assert item["labels"].max() <= 16
     assert (item["depths"] > 1).all()
-    assert (item["pixels"] >= 0).all() and (item["pixels"] < torch.tensor([80, 160])).all()
-    for plane, (h, w) in zip(item["cells"], data.plane_sizes(data.CLOUD["fov"], data.CLOUD["cell"])):
-        assert plane.min() >= 0 and plane.max() < h * w
+    assert (item["pixels"] >= 0).all()
+    assert (item["pixels"] < torch.tensor([80, 160])).all()
+    planes = data.plane_sizes(data.CLOUD["fov"], data.CLOUD["cell"])
+    for cells, (h, w) in zip(item["cells"], planes):
+        assert cells.min() >= 0
+        assert cells.max() < h * w
 
 
 def test_point_limit_keeps_a_ball(world):
@@ -233,28 +267,40 @@ def test_depth_items_have_one_point_a_pixel(world):
     frames = frames_of(world, cloud=None, labels=False, max_depth=30.0)
     item = frames[0, 0]
     whole = item["pixels"].floor()
-    assert len(torch.unique(whole, dim=0)) == len(whole) and item["depths"].max() <= 30
+    assert len(torch.unique(whole, dim=0)) == len(whole)
+    assert item["depths"].max() <= 30
 
 
 def test_a_whole_scan(world):
-    frames = frames_of(world, cameras="scan", cloud=data.CLOUD | {"max_points": 300}, every_point=False)
-    item, scan = frames[0, 0], frames.scan(frames.rows[0])
-    assert len(frames) == 8 and not {"pixels", "depths", "image"} & set(item)
+    # In training: the points that are kept, and no camera.
+    cloud = data.CLOUD | {"max_points": 300}
+    frames = frames_of(world, cameras="scan", cloud=cloud, every_point=False)
+    item = frames[0, 0]
+    scan = frames.scan(frames.rows[0])
+    assert len(frames) == 8
+    assert not {"pixels", "depths", "image"} & set(item)
     assert len(item["feats"]) == len(item["labels"]) == 300
-    item = frames_of(world, cameras="scan", cloud=data.CLOUD | {"voxel": 2.0}, every_point=True)[0, 0]
+
+    # In evaluation: a label for every point, and the nearest kept one.
+    cloud = data.CLOUD | {"voxel": 2.0}
+    item = frames_of(world, cameras="scan", cloud=cloud, every_point=True)[0, 0]
     kept = item["feats"][:, 1:4]
     assert len(item["labels"]) == len(item["nearest"]) == len(scan) > 1.5 * len(kept)
-    distances = torch.cdist(torch.from_numpy(scan[:, :3].copy()).double(), kept.double())  # every point against every kept one
-    torch.testing.assert_close(distances.gather(1, item["nearest"][:, None])[:, 0], distances.min(1).values)
+    every = torch.from_numpy(scan[:, :3].copy())
+    distances = torch.cdist(every.double(), kept.double())  # [every point, kept point]
+    to_nearest = distances.gather(1, item["nearest"][:, None])[:, 0]
+    torch.testing.assert_close(to_nearest, distances.min(1).values)
 
 
 def test_a_batch_of_whole_scans(world):
-    frames = frames_of(world, cameras="scan", cloud=data.CLOUD | {"voxel": 2.0}, every_point=True)
+    cloud = data.CLOUD | {"voxel": 2.0}
+    frames = frames_of(world, cameras="scan", cloud=cloud, every_point=True)
     items = [frames[0, 0], frames[0, 3]]
     batch = data.collate(items)
-    second = len(items[0]["feats"])
-    assert torch.equal(batch["nearest"][len(items[0]["labels"]):], items[1]["nearest"] + second)
-    assert torch.equal(batch["batch"][batch["nearest"]].bincount(), torch.tensor([len(item["labels"]) for item in items]))
+    kept = len(items[0]["feats"])  # rows before the second scan's
+    labels = [len(item["labels"]) for item in items]
+    assert torch.equal(batch["nearest"][labels[0]:], items[1]["nearest"] + kept)
+    assert torch.equal(batch["batch"][batch["nearest"]].bincount(), torch.tensor(labels))
 
 
 def test_a_subclass_may_change_what_a_sensor_gives(world):
@@ -265,7 +311,8 @@ def test_a_subclass_may_change_what_a_sensor_gives(world):
         def scan(self, row):
             return super().scan(row)[::2]
     index = load_index(world)
-    plain, dark = (kind(index, index.select("train"), "all", (80, 160)) for kind in (data.Frames, Dark))
+    plain = data.Frames(index, index.select("train"), "all", (80, 160))
+    dark = Dark(index, index.select("train"), "all", (80, 160))
     assert torch.equal(dark[0, 0]["image"], plain[0, 0]["image"] // 2)
     assert len(dark[0, 0]["pixels"]) < 0.6 * len(plain[0, 0]["pixels"])
 
@@ -277,7 +324,8 @@ def test_all_cameras_of_the_real_frame(real):
     assert len({len(frames[0, n]["pixels"]) for n in range(6)}) == 6
     one = data.Frames(index, index.select("train"), "random", (224, 448), data.CLOUD)
     drawn = {one[epoch, 0]["pixels"].shape[0] for epoch in range(40)}
-    assert len(one) == 1 and len(drawn) == 6
+    assert len(one) == 1
+    assert len(drawn) == 6
     with pytest.raises(InputError, match="CAM_FRNT"):
         data.Frames(index, index.select("train"), "CAM_FRNT")
 
@@ -287,9 +335,11 @@ def test_collate_keeps_neighbors_within_their_cloud(world):
     items = [frames[0, n] for n in range(3)]
     batch = data.collate(items)
     assert batch["image"].shape == (3, 3, 80, 160)
-    assert torch.equal(batch["batch"][batch["neighbors"]], batch["batch"][:, None].expand(-1, 16))
+    own_cloud = batch["batch"][:, None].expand(-1, 16)
+    assert torch.equal(batch["batch"][batch["neighbors"]], own_cloud)
     for number, item in enumerate(items):
         rows = batch["batch"] == number
-        assert torch.equal(batch["feats"][rows], item["feats"]) and torch.equal(batch["cells"][:, rows], item["cells"])
+        assert torch.equal(batch["feats"][rows], item["feats"])
+        assert torch.equal(batch["cells"][:, rows], item["cells"])
         own = batch["feats"][batch["neighbors"][rows]]
         assert torch.equal(own, item["feats"][item["neighbors"]])

@@ -25,13 +25,14 @@ def test_fractional_pixels_equal_grid_sample_and_the_border_is_clamped():
     pixels = torch.rand(200, 2) * torch.tensor([42.0, 82.0]) - 1  # some outside of 40 x 80
     grid = torch.stack([2 * pixels[:, 1] / 79 - 1, 2 * pixels[:, 0] / 39 - 1], 1)[None, None]
     oracle = F.grid_sample(maps, grid, align_corners=True, padding_mode="border")[0, :, 0].T
-    torch.testing.assert_close(sample_features(maps, pixels, torch.zeros(200, dtype=torch.long), (40, 80)), oracle,
-                               atol=1e-5, rtol=1e-5)
+    sampled = sample_features(maps, pixels, torch.zeros(200, dtype=torch.long), (40, 80))
+    torch.testing.assert_close(sampled, oracle, atol=1e-5, rtol=1e-5)
 
 
 def test_a_map_of_one_cell():
     maps = torch.randn(2, 4, 1, 1)
-    out = sample_features(maps, torch.tensor([[0.0, 3.0], [5.0, 1.0]]), torch.tensor([1, 0]), (8, 8))
+    pixels = torch.tensor([[0.0, 3.0], [5.0, 1.0]])
+    out = sample_features(maps, pixels, torch.tensor([1, 0]), (8, 8))
     torch.testing.assert_close(out, maps[[1, 0], :, 0, 0])
 
 
@@ -41,7 +42,8 @@ def test_gradient_reaches_only_the_student(direction):
     points = torch.randn(20, 8, requires_grad=True)
     distillation_loss(pixels, points, direction).backward()
     student, teacher = (points, pixels) if direction == "2d_to_3d" else (pixels, points)
-    assert teacher.grad is None and student.grad.abs().sum() > 0
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("direction", ["2d_to_3d", "3d_to_2d"])
@@ -67,12 +69,14 @@ def test_zero_features_give_finite_gradients():
 def test_values_by_hand():
     g = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     f = torch.tensor([[0.0, 1.0], [-5.0, 0.0], [0.0, 1.0]])  # orthogonal, opposite, equal
-    assert distillation_loss(g, f, "2d_to_3d").item() == pytest.approx((math.sqrt(2) + 2 + 0) / 3)
+    loss = distillation_loss(g, f, "2d_to_3d")
+    assert loss.item() == pytest.approx((math.sqrt(2) + 2 + 0) / 3)
 
 
 def test_unrelated_features_are_at_square_root_of_two():
     torch.manual_seed(0)
-    assert distillation_loss(torch.randn(2000, 384), torch.randn(2000, 384), "3d_to_2d").item() == pytest.approx(2**0.5, abs=0.01)
+    loss = distillation_loss(torch.randn(2000, 384), torch.randn(2000, 384), "3d_to_2d")
+    assert loss.item() == pytest.approx(2**0.5, abs=0.01)
 
 
 def test_no_pairs_and_wrong_direction():
@@ -86,17 +90,29 @@ def test_no_pairs_and_wrong_direction():
 
 def test_spread_by_hand():
     def close(spread, variance, rank):
-        assert spread["feature_variance"] == pytest.approx(variance, abs=1e-5) and spread["effective_rank"] == pytest.approx(rank, rel=1e-3)
-    close(feature_spread(torch.ones(50, 8)), 0, 1)  # all the same
-    close(feature_spread(5 * torch.eye(4).repeat(20, 1)), 3 / 4, 3)  # four corners around their mean: three directions alike
-    close(feature_spread(torch.cat([torch.ones(30, 4), -torch.ones(30, 4)])), 1, 1)  # two opposite ones: one direction
+        assert spread["feature_variance"] == pytest.approx(variance, abs=1e-5)
+        assert spread["effective_rank"] == pytest.approx(rank, rel=1e-3)
+
+    # All the same.
+    close(feature_spread(torch.ones(50, 8)), 0, 1)
+    # Four corners around their mean: three directions alike.
+    close(feature_spread(5 * torch.eye(4).repeat(20, 1)), 3 / 4, 3)
+    # Two opposite ones: one direction.
+    close(feature_spread(torch.cat([torch.ones(30, 4), -torch.ones(30, 4)])), 1, 1)
+    # All directions.
     torch.manual_seed(0)
-    assert feature_spread(torch.randn(4000, 16))["effective_rank"] > 15.8  # all directions
+    assert feature_spread(torch.randn(4000, 16))["effective_rank"] > 15.8
 
 
 def test_spread_looks_at_2048_at_most(monkeypatch):
     seen = []
-    monkeypatch.setattr(distill.F, "normalize", lambda x, dim, real=distill.F.normalize: (seen.append(len(x)), real(x, dim=dim))[1])
+    real = distill.F.normalize
+
+    def counted(x, dim):
+        seen.append(len(x))
+        return real(x, dim=dim)
+    monkeypatch.setattr(distill.F, "normalize", counted)
     for count in (1, 2048, 2049, 4095, 9999):
         feature_spread(torch.randn(count, 3))
-    assert max(seen) <= 2048 and min(seen[1:]) > 1000
+    assert max(seen) <= 2048
+    assert min(seen[1:]) > 1000

@@ -1,4 +1,7 @@
-"""A thing is known by what it is: sources that changed are refused wherever they are met, and moved ones go on working."""
+"""A thing is known by what it is.
+
+Sources that changed are refused wherever they are met, and moved ones go on working.
+"""
 import json
 import re
 import shutil
@@ -13,47 +16,65 @@ import export
 import probe
 import stage1
 import stage2
-import training
 from errors import InputError
-from experiments import corruptions
-from plumbing.fingerprint import differences, digest, of_weights
 from index import load_index
 from models import load_image_encoder
-from test_scripts import fails_with_one_line, model_of, probe_args, stage1_args, stage2_args
+from plumbing.fingerprint import differences, digest, of_weights
+from runs import (eval_args, fails_with_one_line, model_of, probe_args, stage1_args,
+                  stage2_args)
 
 CPU = torch.device("cpu")
+ONE_STEP = ("--steps", "1")
 
 
 @pytest.fixture(scope="module")
-def runs(world, first, tmp_path_factory):
-    """Folders of a stage 2 after `first`, of a probe of it, and of stage 1's own: s1, s2, p."""
+def made(world, first, tmp_path_factory):
+    """Folders of a stage 1, of a stage 2 after it, and of a probe of that: s1, s2, p."""
     root = tmp_path_factory.mktemp("made") / "runs"
     shutil.copytree(first, root / "s1")
-    stage2.main(stage2_args(world, root / "s1", root / "s2", "--steps", "1"))
-    probe.main(probe_args(world, "seg", root / "s2", root / "p", "--steps", "1"))
+    stage2.main(stage2_args(world, root / "s1", root / "s2", *ONE_STEP))
+    probe.main(probe_args(world, "seg", root / "s2", root / "p", *ONE_STEP))
     evaluate(root / "p")
     return root
 
 
 @pytest.fixture
-def copy(runs, tmp_path):
-    return shutil.copytree(runs, tmp_path / "moved")
+def moved(made, tmp_path):
+    """A copy of `made` elsewhere, which a test may change."""
+    return shutil.copytree(made, tmp_path / "moved")
+
+
+def table_of(run):
+    """Where `evaluate` writes."""
+    return run.parent / f"{run.name}-table"
 
 
 def evaluate(*arguments):
-    evaluation.main([*map(str, arguments), "--workers", "0", "--device", "cpu", "--out", str(arguments[0]) + "-table"])
-    return json.loads((arguments[0].parent / f"{arguments[0].name}-table.json").read_text())
+    """The results of eval.py; the first argument is a probe's folder."""
+    out = table_of(arguments[0])
+    evaluation.main(eval_args(*arguments, out=out))
+    return json.loads(out.with_name(f"{out.name}.json").read_text())
 
 
-def change(path, edit):
-    """Rewrite a checkpoint after edit(content)."""
-    content = torch.load(path, weights_only=True)
+def stored(run):
+    """The result in a probe's folder, as text."""
+    return (run / "results.json").read_text()
+
+
+def change(folder, edit):
+    """Rewrite a folder's checkpoint after edit(content)."""
+    content = torch.load(folder / "last.pth", weights_only=True)
     edit(content)
-    torch.save(content, path)
+    torch.save(content, folder / "last.pth")
 
 
 def move_a_weight(content):
     next(iter(content["model"].values())).view(-1)[0] += 1
+
+
+def encoder_at(path, **more):
+    """An edit for `change`: the encoder's path in a checkpoint."""
+    return lambda content: content["encoder"].update(name_or_path=str(path), **more)
 
 
 def other_data(world, folder):
@@ -73,7 +94,7 @@ def indexed(root):
     return root
 
 
-# ---- fingerprints -----------------------------------------------------------------------------------------------------------
+# ---- fingerprints -------------------------------------------------------------------------------
 
 def test_weights_are_known_by_names_types_shapes_and_values():
     layer = torch.nn.Linear(3, 2)
@@ -83,13 +104,15 @@ def test_weights_are_known_by_names_types_shapes_and_values():
     with torch.no_grad():
         same.weight[1, 2] = torch.nextafter(same.weight[1, 2], torch.tensor(9.0))
     assert of_weights(layer) != of_weights(same)
-    others = [layer, torch.nn.Sequential(layer), torch.nn.Linear(3, 2).half(), torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(2)]
+    others = [layer, torch.nn.Sequential(layer), torch.nn.Linear(3, 2).half(),
+              torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(2)]
     assert len({of_weights(other) for other in others}) == 5
     assert digest([b"ab", b"c"]) != digest([b"a", b"bc"])
 
 
 def test_differences_name_both_and_only_what_both_have():
-    before, now = {"frames": {"frames": 6}, "encoder": {"name": "a"}}, {"frames": {"frames": 18}, "stage1": {"weights": "b"}}
+    before = {"frames": {"frames": 6}, "encoder": {"name": "a"}}
+    now = {"frames": {"frames": 18}, "stage1": {"weights": "b"}}
     assert differences(before, now) == "frames: frames 6; now: frames 18"
     assert differences(before, before) == differences({}, now) == ""
 
@@ -97,212 +120,238 @@ def test_differences_name_both_and_only_what_both_have():
 def test_frames_are_known_by_what_the_tables_say_of_them(world, tmp_path):
     index = load_index(world, here=True)
     rows = index.select("train")
-    moved = load_index(shutil.copytree(world, tmp_path / "moved"), here=True)
+    known = index.fingerprint(rows)
+    copied = load_index(shutil.copytree(world, tmp_path / "copied"), here=True)
     other = load_index(other_data(world, tmp_path / "other"), here=True)
-    assert moved.fingerprint(rows) == index.fingerprint(rows) != other.fingerprint(rows)
-    assert index.fingerprint(rows)["frames"] == 8 and index.fingerprint(rows[:-1]) != index.fingerprint(rows)
-    assert index.fingerprint(rows[::-1])["tables"] != index.fingerprint(rows)["tables"]  # the order is what an epoch draws from
-    assert index.fingerprint(rows, labels=True) != index.fingerprint(rows)
-    assert moved.files(rows, labels=True) == index.files(rows, labels=True)
-    labels = tmp_path / "moved" / moved.lidarseg[rows[3]].decode()
+    assert known["frames"] == 8
+    assert copied.fingerprint(rows) == known != other.fingerprint(rows)
+    assert index.fingerprint(rows[:-1]) != known
+    assert index.fingerprint(rows, labels=True) != known
+    # The order of the frames counts, since an epoch draws from it
+    assert index.fingerprint(rows[::-1])["tables"] != known["tables"]
+
+    # Files may change under the same tables
+    assert copied.files(rows, labels=True) == index.files(rows, labels=True)
+    labels = tmp_path / "copied" / copied.lidarseg[rows[3]].decode()
     labels.write_bytes(bytes(reversed(labels.read_bytes())))
-    assert moved.files(rows) == index.files(rows) and moved.files(rows, labels=True) != index.files(rows, labels=True)
+    assert copied.files(rows) == index.files(rows)
+    assert copied.files(rows, labels=True) != index.files(rows, labels=True)
     labels.unlink()
-    with pytest.raises(InputError, match=f"1 of 8 files that the tables name are missing, the first is .*{labels.name}"):
-        moved.files(rows, labels=True)
+    with pytest.raises(InputError, match="1 of 8 files that the tables name are missing, "
+                                         f"the first is .*{labels.name}"):
+        copied.files(rows, labels=True)
 
 
-# ---- resuming ---------------------------------------------------------------------------------------------------------------
+# ---- resuming -----------------------------------------------------------------------------------
 
-def test_a_run_goes_on_with_moved_sources_and_not_with_others(world, copy, tmp_path, capsys):
+def test_a_run_goes_on_with_moved_sources_and_not_with_others(world, moved, tmp_path, capsys):
+    s1, s2, p = moved / "s1", moved / "s2", moved / "p"
+    # Data and stage 1 moved; stage 2 is finished already
     indexed(shutil.copytree(world, tmp_path / "data"))
-    shutil.copytree(copy / "s1", tmp_path / "elsewhere")
-    again = stage2_args(tmp_path / "data", tmp_path / "elsewhere", copy / "s2", "--steps", "1")
-    stage2.main(again)  # both moved, and finished already
+    shutil.copytree(s1, tmp_path / "elsewhere")
+    stage2.main(stage2_args(tmp_path / "data", tmp_path / "elsewhere", s2, *ONE_STEP))
     assert "going on from step 1" in capsys.readouterr().out
-    elsewhere = stage2_args(other_data(world, tmp_path / "other"), copy / "s1", copy / "s2", "--steps", "1")
-    message = fails_with_one_line(capsys, stage2.main, elsewhere)
-    assert "holds a run made from other frames: frames 8, scenes 8" in message and "--restart" in message
-    change(copy / "s1/last.pth", move_a_weight)  # as if it had been trained anew
-    message = fails_with_one_line(capsys, stage2.main, stage2_args(world, copy / "s1", copy / "s2", "--steps", "1"))
-    assert "made from other stage1: name WI-2-16, weights" in message and "frames" not in message
-    change(copy / "s2/last.pth", move_a_weight)
-    message = fails_with_one_line(capsys, probe.main, probe_args(world, "seg", copy / "s2", copy / "p", "--steps", "1"))
+    # Other data
+    other = other_data(world, tmp_path / "other")
+    message = fails_with_one_line(capsys, stage2.main, stage2_args(other, s1, s2, *ONE_STEP))
+    assert "holds a run made from other frames: frames 8, scenes 8" in message
+    assert "--restart" in message
+    # A stage 1 as if it had been trained anew
+    change(s1, move_a_weight)
+    message = fails_with_one_line(capsys, stage2.main, stage2_args(world, s1, s2, *ONE_STEP))
+    assert "made from other stage1: name WI-2-16, weights" in message
+    assert "frames" not in message
+    # And so a stage 2
+    change(s2, move_a_weight)
+    again = probe_args(world, "seg", s2, p, *ONE_STEP)
+    message = fails_with_one_line(capsys, probe.main, again)
     assert "made from other encoder: name vit_mini8, feature norm, weights" in message
-    before = model_of(copy / "p")
-    probe.main(probe_args(world, "seg", copy / "s2", copy / "p", "--steps", "1", "--restart"))
-    assert (copy / "p/replaced-1/last.pth").is_file() and "replaced-1" in capsys.readouterr().out
-    assert not all(torch.equal(value, before[name]) for name, value in model_of(copy / "p").items())
+    before = model_of(p)
+    probe.main([*again, "--restart"])
+    assert (p / "replaced-1/last.pth").is_file() and "replaced-1" in capsys.readouterr().out
+    after = model_of(p)
+    assert not all(torch.equal(after[name], before[name]) for name in after)
 
 
 @pytest.mark.slow
-def test_runs_from_before_fingerprints_are_taken_with_a_line(world, copy, capsys):
-    for name in ("s1", "s2", "p"):
-        change(copy / name / "last.pth", lambda content: [content.pop(key, None) for key in ("made_from", "val")])
-    (copy / "p/results.json").unlink()
-    change(copy / "s2/last.pth", lambda content: content["args"].update(stage1=str(copy / "s1")))
-    stage2.main(stage2_args(world, copy / "s1", copy / "s2", "--steps", "1"))
+def test_runs_from_before_fingerprints_are_taken_with_a_line(world, moved, capsys):
+    s1, s2, p = moved / "s1", moved / "s2", moved / "p"
+
+    def make_old(content):
+        content.pop("made_from", None)
+        content.pop("val", None)
+    for folder in (s1, s2, p):
+        change(folder, make_old)
+    (p / "results.json").unlink()
+    change(s2, lambda content: content["args"].update(stage1=str(s1)))
+    stage2.main(stage2_args(world, s1, s2, *ONE_STEP))
     printed = capsys.readouterr().out
-    assert f"--stage1 {copy}/s1 does not say which encoder it was made from" in printed
-    assert f"{copy}/s2: a run from before fingerprints; whether encoder and frames and stage1 are the same is not checked" in printed
-    evaluate(copy / "p")
-    assert f"{copy}/p: its head does not say which encoder" in capsys.readouterr().out and (copy / "p/results.json").is_file()
-    (copy / "link").symlink_to(copy / "s1")  # where nothing else is known, a path is an argument like others
-    message = fails_with_one_line(capsys, stage2.main, stage2_args(world, copy / "link", copy / "s2", "--steps", "1"))
-    assert f"holds a run with other arguments (--stage1 {copy}/s1, now {copy}/link)" in message
+    assert f"--stage1 {s1} does not say which encoder it was made from" in printed
+    assert (f"{s2}: a run from before fingerprints; whether encoder and frames and stage1 are the "
+            "same is not checked") in printed
+    evaluate(p)
+    assert f"{p}: its head does not say which encoder" in capsys.readouterr().out
+    assert (p / "results.json").is_file()
+    # Where nothing else is known, a path is an argument like others
+    link = moved / "link"
+    link.symlink_to(s1)
+    message = fails_with_one_line(capsys, stage2.main, stage2_args(world, link, s2, *ONE_STEP))
+    assert f"holds a run with other arguments (--stage1 {s1}, now {link})" in message
 
 
-# ---- stage 1 to 2, encoder to probe, probe to evaluation ----------------------------------------------------------------------
+# ---- stage 1 to 2, encoder to probe, probe to evaluation ----------------------------------------
 
-def test_stage_2_takes_the_encoder_that_stage_1_was_trained_for(world, copy, tmp_path, capsys):
+def test_stage_2_takes_the_encoder_that_stage_1_was_trained_for(world, moved, tmp_path, capsys):
     out = tmp_path / "out"
+    args = stage2_args(world, moved / "s1", out, *ONE_STEP, "--encoder", "vit_mini8", "--weights")
     other = load_image_encoder("vit_mini8", "random").backbone
     torch.nn.init.constant_(other.cls_token, 0.5)
     torch.save(other.state_dict(), tmp_path / "other.pth")
-    args = stage2_args(world, copy / "s1", out, "--steps", "1", "--encoder", "vit_mini8", "--weights")
     message = fails_with_one_line(capsys, stage2.main, [*args, str(tmp_path / "other.pth")])
-    assert "was made from another encoder: name vit_mini8, feature norm, weights" in message and "train stage 1 for this one" in message
+    assert "was made from another encoder: name vit_mini8, feature norm, weights" in message
+    assert "train stage 1 for this one" in message
     assert not out.exists()
-    torch.save(load_image_encoder("vit_mini8", "random").backbone.state_dict(), tmp_path / "same.pth")
+    same = load_image_encoder("vit_mini8", "random").backbone
+    torch.save(same.state_dict(), tmp_path / "same.pth")
     stage2.main([*args, str(tmp_path / "same.pth")])
     assert (out / "last.pth").is_file()
 
 
-def test_a_head_is_never_put_on_another_encoder(copy, runs, capsys):
-    assert evaluate(copy / "p")[0]["mIoU"] == evaluate(runs / "p")[0]["mIoU"]
-    change(copy / "s2/last.pth", move_a_weight)
-    before = (copy / "p/results.json").read_text()
-    change(copy / "p/last.pth", lambda content: content["encoder"].update(name_or_path=str(copy / "s2")))
-    message = fails_with_one_line(capsys, evaluation.main, [str(copy / "p"), "--device", "cpu", "--again"])
-    assert f"{copy}/p: its head was made from another encoder: " in message and "train the probe again" in message
-    assert (copy / "p/results.json").read_text() == before
+def test_a_head_is_never_put_on_another_encoder(moved, made, capsys):
+    p = moved / "p"
+    assert evaluate(p)[0]["mIoU"] == evaluate(made / "p")[0]["mIoU"]
+    before = stored(p)
+    change(moved / "s2", move_a_weight)
+    change(p, encoder_at(moved / "s2"))
+    again = [str(p), "--device", "cpu", "--again"]
+    message = fails_with_one_line(capsys, evaluation.main, again)
+    assert f"{p}: its head was made from another encoder: " in message
+    assert "train the probe again" in message
+    assert stored(p) == before
 
 
 @pytest.mark.slow
-def test_what_was_moved_together_is_found(runs, copy, capsys, monkeypatch):
+def test_what_was_moved_together_is_found(made, moved, capsys):
     """The probe's checkpoint names an encoder by its path, which is not there any more."""
-    gone = str(runs.parent / "gone")
-    change(copy / "p/last.pth", lambda content: content["encoder"].update(name_or_path=f"{gone}/s2", folder=f"{gone}/p"))
-    assert evaluation.load_probe(copy / "p", CPU)[1].fingerprint() == load_image_encoder(str(copy / "s2")).fingerprint()
-    shutil.rmtree(copy / "s2")
-    assert evaluate(copy / "p")[0] == json.loads((runs / "p/results.json").read_text()) | {"run": str(copy / "p")}
-    assert f"shown as it was stored and not checked, {gone}/s2 is not there any more" in capsys.readouterr().out
-    again = [str(copy / "p"), "--device", "cpu", "--workers", "0", "--out", str(copy / "table"), "--again"]
-    assert f"its encoder {gone}/s2 is not there any more; where it was moved, eval.py --encoder says so" in fails_with_one_line(
-        capsys, evaluation.main, again)
-    evaluation.main([*again, "--encoder", str(runs / "s2")])
-    assert json.loads((copy / "table.json").read_text())[0]["mIoU"] == json.loads((runs / "p/results.json").read_text())["mIoU"]
-    assert "its head was made from another encoder" in fails_with_one_line(capsys, evaluation.main, [*again, "--encoder", "miniature/encoder.pth"])
+    p, s2 = moved / "p", moved / "s2"
+    gone = str(made.parent / "gone")
+    change(p, encoder_at(f"{gone}/s2", folder=f"{gone}/p"))
+    encoder = evaluation.load_probe(p, CPU)[1]
+    assert encoder.fingerprint() == load_image_encoder(str(s2)).fingerprint()
+
+    # Without any encoder the stored result is shown
+    shutil.rmtree(s2)
+    expected = json.loads(stored(made / "p"))
+    assert evaluate(p)[0] == expected | {"run": str(p)}
+    said = f"shown as it was stored and not checked, {gone}/s2 is not there any more"
+    assert said in capsys.readouterr().out
+    again = [*eval_args(p, out=table_of(p)), "--again"]
+    message = fails_with_one_line(capsys, evaluation.main, again)
+    assert (f"its encoder {gone}/s2 is not there any more; where it was moved, "
+            "eval.py --encoder says so") in message
+
+    # One may be named, if it is the same
+    evaluation.main([*again, "--encoder", str(made / "s2")])
+    assert json.loads((moved / "p-table.json").read_text())[0]["mIoU"] == expected["mIoU"]
+    other = [*again, "--encoder", "miniature/encoder.pth"]
+    message = fails_with_one_line(capsys, evaluation.main, other)
+    assert "its head was made from another encoder" in message
+
+
+def check_said(capsys, source, step):
+    """Assert that a script said that this source is unfinished."""
+    said = f"{source}(/last.pth)?: unfinished, step {step} of 100"
+    assert re.search(said, capsys.readouterr().out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["image_encoder", "point_encoder"])
-def test_unfinished_sources_are_said_wherever_they_are_used(world, copy, tmp_path, capsys, kind):
-    source = copy / ("s2" if kind == "image_encoder" else "s1")
-    change(source / "last.pth", lambda content: content.update(total=100))
-    said = f"unfinished, step {1 if kind == 'image_encoder' else 2} of 100"
-    if kind == "image_encoder":
-        uses = [lambda out: stage1.main(stage1_args(world, out, "--steps", "1", "--encoder", str(source))[:6]
-                                        + stage1_args(world, out, "--steps", "1")[8:] + ["--encoder", str(source)]),
-                lambda out: probe.main(probe_args(world, "seg", source, out, "--steps", "1")),
-                lambda out: export.main([str(source), "--out", f"{out}.pth"]), lambda out: evaluate(copy / "p")]
-    else:
-        uses = [lambda out: stage2.main(stage2_args(world, source, out, "--steps", "1")),
-                lambda out: probe.main(probe_args(world, "seg3d", source, out, "--steps", "1"))]
-        change(source / "last.pth", lambda content: content["encoder"].update(name_or_path="vit_mini8"))
-    if kind == "image_encoder":
-        change(copy / "p/last.pth", lambda content: content["encoder"].update(name_or_path=str(source)))
-    for number, use in enumerate(uses):
-        use(tmp_path / f"out-{number}")
-        assert re.search(f"{source}(/last.pth)?: {said}", capsys.readouterr().out), number
-    if kind == "image_encoder":
-        about = json.loads((tmp_path / "out-2.pth.json").read_text())
-        assert about["step"] == 1 and about["total"] == 100
-        assert about["fingerprint"] == load_image_encoder(str(source)).fingerprint() and set(about["made_from"]) == {"encoder", "frames", "stage1"}
+def test_an_unfinished_stage_2_is_said_wherever_it_is_used(world, moved, tmp_path, capsys):
+    source = moved / "s2"
+    change(source, lambda content: content.update(total=100))
+    change(moved / "p", encoder_at(source))
+    args = stage1_args(world, tmp_path / "s1", *ONE_STEP, "--encoder", str(source))
+    at = args.index("--weights")
+    stage1.main(args[:at] + args[at + 2:])  # the weights are the source's
+    check_said(capsys, source, 1)
+    probe.main(probe_args(world, "seg", source, tmp_path / "p", *ONE_STEP))
+    check_said(capsys, source, 1)
+    evaluate(moved / "p")
+    check_said(capsys, source, 1)
+    export.main([str(source), "--out", str(tmp_path / "encoder.pth")])
+    check_said(capsys, source, 1)
+    about = json.loads((tmp_path / "encoder.pth.json").read_text())
+    assert about["step"] == 1 and about["total"] == 100
+    assert about["fingerprint"] == load_image_encoder(str(source)).fingerprint()
+    assert set(about["made_from"]) == {"encoder", "frames", "stage1"}
 
 
-# ---- results ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_an_unfinished_stage_1_is_said_wherever_it_is_used(world, moved, tmp_path, capsys):
+    source = moved / "s1"
+    change(source, lambda content: content.update(total=100))
+    change(source, encoder_at("vit_mini8"))
+    stage2.main(stage2_args(world, source, tmp_path / "s2", *ONE_STEP))
+    check_said(capsys, source, 2)
+    probe.main(probe_args(world, "seg3d", source, tmp_path / "p", *ONE_STEP))
+    check_said(capsys, source, 2)
 
-def test_a_result_of_other_data_has_a_file_of_its_own(world, copy, tmp_path, capsys, monkeypatch):
-    before = (copy / "p/results.json").read_text()
+
+# ---- results ------------------------------------------------------------------------------------
+
+def test_a_result_of_other_data_has_a_file_of_its_own(world, moved, tmp_path, capsys, monkeypatch):
+    p = moved / "p"
+    before = stored(p)
     other = other_data(world, tmp_path / "other")
-    result, = evaluate(copy / "p", "--data", other)
-    assert result["data"] == str(other) and "judged on other frames than its own" in capsys.readouterr().out
-    files = {path.name for path in (copy / "p").glob("results*")}
-    assert len(files) == 2 and "results.json" in files and result == json.loads(max((copy / "p").glob("results-*.json")).read_text())
-    assert (copy / "p/results.json").read_text() == before
+    [result] = evaluate(p, "--data", other)
+    assert result["data"] == str(other)
+    assert "judged on other frames than its own" in capsys.readouterr().out
+    [path] = p.glob("results-*.json")
+    assert json.loads(path.read_text()) == result
+    assert stored(p) == before
     monkeypatch.setattr(evaluation, "measure", None)  # from here on nothing is evaluated
-    assert evaluate(copy / "p", "--data", other) == [result]
-    fog = indexed(shutil.copytree(world, tmp_path / "fog"))  # under the same tables
+    assert evaluate(p, "--data", other) == [result]
+
+    # Another image under the same tables
+    fog = indexed(shutil.copytree(world, tmp_path / "fog"))
     image = max((fog / "samples/CAM_FRONT").iterdir())
     Image.open(image).save(image, quality=20)
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "measure", lambda *_: result)
-        evaluate(copy / "p", "--data", fog)
-    assert len(list((copy / "p").glob("results*.json"))) == 3 and (copy / "p/results.json").read_text() == before
-    assert evaluate(copy / "p", "--data", indexed(shutil.copytree(world, tmp_path / "same")))[0] == json.loads(before) | {"run": str(copy / "p")}
+        evaluate(p, "--data", fog)
+    assert len(list(p.glob("results*.json"))) == 3
+    assert stored(p) == before
+    same = indexed(shutil.copytree(world, tmp_path / "same"))
+    assert evaluate(p, "--data", same)[0] == json.loads(before) | {"run": str(p)}
 
 
 @pytest.mark.slow
-def test_mended_labels_and_a_cut_result_are_evaluated_anew(world, copy, tmp_path, capsys):
+def test_mended_labels_and_a_cut_result_are_evaluated_anew(world, moved, tmp_path, capsys):
+    p = moved / "p"
     data = indexed(shutil.copytree(world, tmp_path / "data"))
-    change(copy / "p/last.pth", lambda content: content.update(data=str(data)))
-    first, = evaluate(copy / "p")
-    (copy / "p/results.json").write_text((copy / "p/results.json").read_text()[:40])
-    assert evaluate(copy / "p")[0]["IoU"] == first["IoU"]
+    change(p, lambda content: content.update(data=str(data)))
+    [first] = evaluate(p)
+    (p / "results.json").write_text(stored(p)[:40])
+    assert evaluate(p)[0]["IoU"] == first["IoU"]
+
+    # The night loses its labels
     index = load_index(data)
-    for row in np.flatnonzero((index.split == b"val") & (index.condition == 2)):  # the night loses its labels
+    for row in np.flatnonzero((index.split == b"val") & (index.condition == 2)):
         labels = data / index.lidarseg[row].decode()
         labels.write_bytes(bytes(labels.stat().st_size))
     capsys.readouterr()
-    second, = evaluate(copy / "p")
+    [second] = evaluate(p)
     printed = capsys.readouterr().out
-    assert second["mIoU"]["night"] is None and second["mIoU"]["day-clear"] == first["mIoU"]["day-clear"]
+    assert second["mIoU"]["night"] is None
+    assert second["mIoU"]["day-clear"] == first["mIoU"]["day-clear"]
     assert "| no labels |" in printed and "nan" not in printed.lower()
     strict = json.JSONDecoder(parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert strict.decode((copy / "p/results.json").read_text()) == second
-    assert "judged on other frames than its own" in printed and len(list((copy / "p").glob("results*.json"))) == 1
+    assert strict.decode(stored(p)) == second
+    assert "judged on other frames than its own" in printed
+    assert len(list(p.glob("results*.json"))) == 1
 
 
-def result(run="a", frames=6, **protocol):
-    protocol = {"classes": ["car", "bus"], "cameras": "all", "head": "linear", "finetune": False, "percent": 100} | protocol
-    return {"run": run, "task": "seg", "mIoU": {"full": 50.0}, "protocol": protocol, "made_from": {"frames": {"frames": frames}}}
-
-
-@pytest.mark.parametrize("other, why", [
-    (result("b", 18), "other frames: frames 6; now: frames 18"), (result("b", cameras="CAM_FRONT"), "cameras all and CAM_FRONT"),
-    (result("b", classes=["car"]), "other classes"), (result("b", finetune=True), "finetune False and True"),
-    (result("b", percent=1), "percent 100 and 1"), (result("b", head="batchnorm"), "head linear and batchnorm"),
-    ({"run": "b", "task": "seg", "mIoU": {"full": 50.0}}, "from before fingerprints")])
-def test_what_cannot_be_compared_has_no_difference_and_a_line_that_says_why(other, why):
-    text = evaluation.table([result(), other])
-    assert "b is not compared with a: " in text and why in text
-    assert "| b | seg | 50.0 | not run |" in text and "(+0.0)" not in text
-    rows = [{"run": row["run"], "task": "seg", "severity": 3, "results": {"clean": row}} for row in (result(), other)]
-    assert why in (text := corruptions.table(rows)) and "(+0.0)" not in text
-
-
-def test_what_can_be_compared_has_its_difference():
-    text = evaluation.table([result(), result("b")])
-    assert "| b | seg | 50.0 (+0.0) | not run |" in text and "not compared" not in text
-
-
-def test_a_probe_that_is_named_twice_is_one_row(copy, runs, capsys):
-    (copy / "link").symlink_to(copy / "p")
-    assert len(evaluate(copy / "p", f"{copy}/./p", copy / "link", copy / "p/last.pth")) == 1
-
-
-# ---- several processes ------------------------------------------------------------------------------------------------------
-
-def test_the_first_process_decides_for_all(monkeypatch):
-    told = []
-    monkeypatch.setattr(training, "world", lambda: 2)
-    monkeypatch.setattr(training.dist, "broadcast_object_list", lambda found: found.__setitem__(slice(None), told[-1]) if told else None)
-    monkeypatch.setattr(training, "rank", lambda: 0)
-    assert training.by_first_process(lambda: 3) == 3
-    monkeypatch.setattr(training, "rank", lambda: 1)
-    told.append([3, None])
-    assert training.by_first_process(lambda: pytest.fail("it looks for itself")) == 3
-    told.append([None, "p: no last.pth there"])
-    with pytest.raises(InputError, match="no last.pth there"):
-        training.by_first_process(lambda: 3)
+def test_a_probe_that_is_named_twice_is_one_row(moved):
+    p = moved / "p"
+    link = moved / "link"
+    link.symlink_to(p)
+    assert len(evaluate(p, f"{moved}/./p", link, p / "last.pth")) == 1

@@ -1,4 +1,4 @@
-"""Runs whose loading processes die or hand over nothing, runs that no signal reaches: each ends.
+"""Runs end whose loading processes die or hand over nothing, and runs that no signal reaches.
 
 Most tests fork, which spares a new process the seconds that it needs to import torch.
 """
@@ -19,13 +19,13 @@ import pytest
 import torch
 
 import data
-from plumbing import endings
 import stage1
 import training
 from conftest import ROOT
 from errors import InputError, line_of, one_line_errors
+from plumbing import endings
 from run_folder import Saver
-from test_scripts import stage1_args
+from runs import stage1_args
 from test_survival import DiesAt, children, step_of, wait_for
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ class Forked:
     returncode = property(poll)
 
     def end(self):
-        """Its exit code and stderr, once it has ended and its children, who share its sentinel."""
+        """Exit code and stderr, once it has ended and its children, who share its sentinel."""
         if not connection.wait([self.process.sentinel], LIMIT):
             os.killpg(self.pid, signal.SIGKILL)
             pytest.fail(f"it does not end: {self.path.read_text()}")
@@ -82,10 +82,11 @@ def load(dataset, workers, items=40):
 
 
 def consume(dataset, workers=2, seconds=0.0, keep=False):
-    """Take all batches, `seconds` of work on each."""
+    """Take all batches, with `seconds` of work on each."""
     kept = []
     for batch in load(dataset, workers):
-        kept += [batch] * keep
+        if keep:
+            kept.append(batch)
         end = time.time() + seconds
         while time.time() < end:
             time.sleep(0.01)
@@ -93,13 +94,19 @@ def consume(dataset, workers=2, seconds=0.0, keep=False):
 
 # ---- a loader as any other -----------------------------------------------------------------------
 
+def numbers_of(loader):
+    """The numbers of the items of each batch."""
+    return [[item[0][0].item() for item in batch] for batch in loader]
+
+
 def test_loading_processes_change_no_batch_and_none_needs_no_thread():
-    loader, threads = load(Numbers(), 0), threading.active_count()
-    expected = [[item[0][0].item() for item in batch] for batch in loader]
-    assert len(loader) == len(load(Numbers(), 2)) == 20 and threading.active_count() <= threads
-    assert expected == [[first, first + 1] for first in range(0, 40, 2)]
-    found = [[item[0][0].item() for item in batch] for batch in load(Numbers(), 2)]
-    assert found == expected and not multiprocessing.active_children()
+    loader = load(Numbers(), 0)
+    threads = threading.active_count()
+    assert numbers_of(loader) == [[first, first + 1] for first in range(0, 40, 2)]
+    assert threading.active_count() <= threads
+    assert numbers_of(load(Numbers(), 2)) == numbers_of(loader)
+    assert len(loader) == len(load(Numbers(), 2)) == 20
+    assert not multiprocessing.active_children()
 
 
 def test_a_loop_that_is_left_early_leaves_no_process_and_no_thread():
@@ -123,10 +130,10 @@ DEATHS = {  # what a loading process does: what the line says of it
 }
 
 
-@pytest.mark.parametrize("death, computing", [("killed", True), *[(d, False) for d in DEATHS]])
-def test_the_death_of_a_loading_process_is_one_line(tmp_path, death, computing):
+@pytest.mark.parametrize("death, seconds", [("killed", 0.5), *[(d, 0.0) for d in DEATHS]])
+def test_the_death_of_a_loading_process_is_one_line(tmp_path, death, seconds):
     happens, expected = DEATHS[death]
-    code, err = Forked(tmp_path / "err", consume, Numbers(happens), 2, 0.5 * computing).end()
+    code, err = Forked(tmp_path / "err", consume, Numbers(happens), 2, seconds).end()
     lines = [line for line in err.splitlines() if line.strip() and "ERROR: Unexpected" not in line]
     assert code == 2 and len(lines) == 1 and expected in lines[0], err
     assert "fewer --workers" in err
@@ -188,7 +195,8 @@ def with_small_shared_memory(function, *args):
     """In a /dev/shm of its own of 100 kB; exit code 77 where that is not allowed."""
     new_mounts = 0x00020000  # CLONE_NEWNS
     private = "mount --make-rprivate / && mount -t tmpfs -o size=100k tmpfs /dev/shm"
-    if ctypes.CDLL(None).unshare(new_mounts) or os.system(f"({private}) 2>/dev/null"):
+    failed = ctypes.CDLL(None).unshare(new_mounts) or os.system(f"({private}) 2>/dev/null")
+    if failed:
         sys.exit(77)
     function(*args)
 
@@ -206,7 +214,8 @@ def test_a_small_shared_memory_is_one_line(tmp_path):
 def with_few_files(free, function, *args):
     """With a limit that leaves so many files to open."""
     used = {int(number) for number in os.listdir("/dev/fd")}
-    limit = [number for number in range(10**4) if number not in used][free]
+    unused = [number for number in range(10**4) if number not in used]
+    limit = unused[free]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     function(*args)
 
@@ -278,8 +287,11 @@ def blocked(ready, guarded):
     """A step that never comes back from C, with two loading processes under way."""
     training.start(argparse.Namespace(device="cpu", seed=0))
     loop = load(Numbers(), 2, items=1000)
-    for _ in saver_of(ready.parent).guard(loop) if guarded else loop:
-        mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    if guarded:
+        loop = saver_of(ready.parent).guard(loop)
+    for _ in loop:
+        mutex = ctypes.create_string_buffer(64)
+        libc = ctypes.CDLL(None)
         libc.pthread_mutex_lock(mutex)
         ready.touch()
         libc.pthread_mutex_lock(mutex)
@@ -289,7 +301,8 @@ def blocked(ready, guarded):
 @pytest.mark.skipif(sys.platform != "linux", reason="a mutex as Linux has it")
 @pytest.mark.parametrize("name, guarded", [("SIGTERM", True), ("SIGINT", False)])
 def test_a_second_signal_ends_a_run_that_is_blocked(tmp_path, name, guarded):
-    number, ready = getattr(signal, name), tmp_path / "ready"
+    number = getattr(signal, name)
+    ready = tmp_path / "ready"
     run = Forked(tmp_path / "err", blocked, ready, guarded)
     wait_for(ready.exists, run)
     workers = children(run.pid)
@@ -307,8 +320,9 @@ def test_a_second_signal_ends_a_run_that_is_blocked(tmp_path, name, guarded):
 @pytest.mark.skipif(sys.platform != "linux", reason="a mutex as Linux has it")
 def test_under_torchrun_a_signal_may_come_again_after_a_second(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    run = Forked(tmp_path / "err", blocked, tmp_path / "ready", True)
-    wait_for((tmp_path / "ready").exists, run)
+    ready = tmp_path / "ready"
+    run = Forked(tmp_path / "err", blocked, ready, True)
+    wait_for(ready.exists, run)
     for seconds in (0, 1, 1.5):
         time.sleep(seconds)
         assert run.poll() is None
@@ -337,7 +351,8 @@ def test_signals_of_forked_processes_are_their_own(tmp_path):
     def parent():
         endings.obey_second_signal()
         signal.signal(signal.SIGTERM, lambda *_: None)
-        if (pid := os.fork()) == 0:
+        pid = os.fork()
+        if pid == 0:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.5)
@@ -351,7 +366,7 @@ def test_a_run_whose_loading_process_stands_still_ends_at_the_second_signal(worl
     more = ["--steps", "100000", "--batch", "4", "--workers", "1"]
     run = Forked(tmp_path / "err", stage1.main, stage1_args(world, tmp_path / "out", *more))
     wait_for(lambda: (tmp_path / "out/last.pth").is_file(), run)
-    worker, = children(run.pid)
+    [worker] = children(run.pid)
     os.kill(worker, signal.SIGSTOP)
     time.sleep(1)  # until there is no batch left
     os.kill(run.pid, signal.SIGINT)
@@ -365,12 +380,15 @@ def test_a_run_whose_loading_process_stands_still_ends_at_the_second_signal(worl
 
 @pytest.mark.slow
 def test_the_end_of_a_script_does_not_wait_for_a_loading_process_that_stands_still():
-    program = ("import os, signal, sys, time; sys.path.insert(0, 'tests')\n"
-               "import test_loading\n"
-               "batches = iter(test_loading.load(test_loading.Numbers(), 2))\n"
-               "next(batches)\n"
-               "worker = test_loading.multiprocessing.active_children()[0]\n"
-               "os.kill(worker.pid, signal.SIGSTOP)\n")
+    program = """
+import multiprocessing, os, signal, sys
+sys.path.insert(0, "tests")
+import test_loading
+batches = iter(test_loading.load(test_loading.Numbers(), 2))
+next(batches)
+worker = multiprocessing.active_children()[0]
+os.kill(worker.pid, signal.SIGSTOP)
+"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                           timeout=LIMIT)
     assert done.returncode == 0 and done.stderr == "", done.stderr

@@ -1,18 +1,24 @@
-"""The stand-in encoder's pre-training and the overview picture; the world itself is tested in test_world.py."""
+"""The stand-in encoder's pre-training and the overview picture."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import probe
 from miniature import overview, pretrain
 from models import ViT, load_image_encoder
+
+SHIPPED = Path(pretrain.__file__).parent / "encoder.pth"
 
 
 def test_patches_lie_row_by_row():
     image = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6).float()
     patches = pretrain.patches_of(image, 2)
     assert patches.shape == (2, 6, 12)
-    assert torch.equal(patches[1, 4].view(3, 2, 2), image[1, :, 2:4, 2:4])  # second row, second column
+    second_row_and_column = image[1, :, 2:4, 2:4]
+    assert torch.equal(patches[1, 4].view(3, 2, 2), second_row_and_column)
 
 
 def test_the_loss_sees_masked_patches_only():
@@ -21,27 +27,24 @@ def test_the_loss_sees_masked_patches_only():
     model = pretrain.MaskedAutoencoder(vit, 8, masked=0.75, raw=0.3, decorrelate=0.0)
     image = torch.randn(1, 3, 16, 32)
     torch.manual_seed(1)
-    hidden = torch.rand(1, 8).argsort(1)[0, 2:]
-    seen = [n for n in range(8) if n not in hidden]
+    order = torch.rand(1, 8).argsort(1)[0]
+    seen, hidden = order[:2], order[2:]
 
-    torch.manual_seed(1)
-    before = model(image)
-    row, col = divmod(seen[0], 4)
-    other = image.clone()
-    other[:, :, 8 * row:8 * row + 8, 8 * col:8 * col + 8] += 1
-    torch.manual_seed(1)
-    assert model(other) != before  # a seen patch is an input
+    def loss(image):
+        torch.manual_seed(1)  # the same patches are hidden
+        return model(image)
+
+    def tripled(patch):
+        row, col = divmod(patch.item(), 4)
+        other = image.clone()
+        other[:, :, 8 * row:8 * row + 8, 8 * col:8 * col + 8] *= 3
+        return other
+    assert loss(tripled(seen[0])) != loss(image)  # a seen patch is an input
     with torch.no_grad():
-        model.predict[1].weight.zero_(), model.predict[1].bias.zero_()
-    torch.manual_seed(1)
-    before = model(image)
-    torch.manual_seed(1)
-    assert model(other) == before  # but not a target
-    row, col = divmod(hidden[0].item(), 4)
-    other = image.clone()
-    other[:, :, 8 * row:8 * row + 8, 8 * col:8 * col + 8] *= 3
-    torch.manual_seed(1)
-    assert model(other) != before  # a hidden one is
+        model.predict[1].weight.zero_()
+        model.predict[1].bias.zero_()
+    assert loss(tripled(seen[0])) == loss(image)  # but not a target
+    assert loss(tripled(hidden[0])) != loss(image)  # a hidden one is
 
 
 def test_standardised_tokens():
@@ -64,14 +67,14 @@ def test_pretraining_writes_an_encoder(world, tmp_path, capsys):
     out = tmp_path / "encoder.pth"
     pretrain.main(["--data", str(world), "--out", str(out), "--epochs", "2", "--batch", "2"])
     encoder = load_image_encoder(str(out))
-    assert encoder.spec["image_size"] == (80, 160) and encoder(torch.rand(1, 3, 80, 160)).shape == (1, 96, 10, 20)
+    assert encoder.spec["image_size"] == (80, 160)
+    assert encoder(torch.rand(1, 3, 80, 160)).shape == (1, 96, 10, 20)
     assert "4 images, 4 steps" in capsys.readouterr().out
 
 
 def test_the_shipped_encoder_is_small_and_loads():
-    path = overview.Path(__file__).parent.parent / "miniature" / "encoder.pth"
-    assert path.stat().st_size < 4e6
-    encoder = load_image_encoder(str(path))
+    assert SHIPPED.stat().st_size < 4e6
+    encoder = load_image_encoder(str(SHIPPED))
     assert torch.isfinite(encoder(torch.rand(1, 3, 80, 160))).all()
 
 
@@ -84,14 +87,17 @@ def test_pca_colours_are_joint():
 
 
 def test_overview_has_a_row_per_condition_and_six_panels(world, tmp_path, monkeypatch):
-    import probe
     drawn = []
     subplots = overview.plt.subplots
-    monkeypatch.setattr(overview.plt, "subplots", lambda *a, **k: drawn.append(a) or subplots(*a, **k))
-    path = str(overview.Path(__file__).parent.parent / "miniature" / "encoder.pth")
-    probe.main(["--data", str(world), "--task", "seg", "--encoder", path, "--out", str(tmp_path / "p"), "--steps", "2",
-                "--workers", "0", "--device", "cpu"])
-    overview.main([str(tmp_path / "p"), str(tmp_path / "p"), "--out", str(tmp_path / "overview.png")])
+
+    def recorded(*args, **more):
+        drawn.append(args)
+        return subplots(*args, **more)
+    monkeypatch.setattr(overview.plt, "subplots", recorded)
+    folder, out = str(tmp_path / "p"), str(tmp_path / "overview.png")
+    probe.main(["--data", str(world), "--task", "seg", "--encoder", str(SHIPPED), "--out", folder,
+                "--steps", "2", "--workers", "0", "--device", "cpu"])
+    overview.main([folder, folder, "--out", out])
     assert drawn == [(3, 6)]
-    picture = np.asarray(Image.open(tmp_path / "overview.png"))
+    picture = np.asarray(Image.open(out))
     assert picture.shape[1] > 1500 and picture[..., :3].std() > 30

@@ -14,10 +14,18 @@ def jaccard_loss(wrong, truth):
 
 
 def lovasz_extension(errors, truth):
-    """The Lovász extension from its definition: sum over sorted errors of m_k (J({1..k}) - J({1..k-1}))."""
+    """The Lovász extension from its definition: with the errors m_k sorted, the largest first, the
+    sum of m_k (J({1..k}) - J({1..k-1}))."""
     order = sorted(range(len(errors)), key=lambda i: -errors[i])
-    return sum(errors[i] * (jaccard_loss(order[:k + 1], truth) - jaccard_loss(order[:k], truth))
-               for k, i in enumerate(order))
+    total = 0
+    for k, i in enumerate(order):
+        step = jaccard_loss(order[:k + 1], truth) - jaccard_loss(order[:k], truth)
+        total += errors[i] * step
+    return total
+
+
+def rows_of(values, wanted):
+    return [i for i, value in enumerate(values) if value == wanted]
 
 
 def test_lovasz_equals_its_definition():
@@ -25,25 +33,35 @@ def test_lovasz_equals_its_definition():
     for _ in range(20):
         probabilities = torch.randn(7, 4, dtype=torch.double).softmax(1)
         labels = torch.randint(3, (7,))  # class 3 never occurs: left out
-        expected = [lovasz_extension([(float(i in members) - probabilities[i, c].item()).__abs__() for i in range(7)], members)
-                    for c in range(4) for members in [[i for i in range(7) if labels[i] == c]] if members]
-        assert lovasz_softmax(probabilities, labels).item() == pytest.approx(sum(expected) / len(expected))
+        expected = []
+        for c in range(4):
+            members = rows_of(labels.tolist(), c)
+            if members:
+                errors = [abs(float(i in members) - probabilities[i, c].item()) for i in range(7)]
+                expected.append(lovasz_extension(errors, members))
+        loss = lovasz_softmax(probabilities, labels).item()
+        assert loss == pytest.approx(sum(expected) / len(expected))
 
 
 def test_lovasz_of_hard_predictions_is_one_minus_iou():
+    labels = [0, 0, 1, 1]
     for prediction in itertools.product(range(2), repeat=4):
-        labels = torch.tensor([0, 0, 1, 1])
         hard = torch.nn.functional.one_hot(torch.tensor(prediction), 2).double()
-        by_class = [jaccard_loss([i for i in range(4) if (prediction[i] == c) != (labels[i] == c)],
-                                 [i for i in range(4) if labels[i] == c]) for c in range(2)]
-        assert lovasz_softmax(hard, labels).item() == pytest.approx(sum(by_class) / 2)
+        by_class = []
+        for c in range(2):
+            wrong = [i for i in range(4) if (prediction[i] == c) != (labels[i] == c)]
+            by_class.append(jaccard_loss(wrong, rows_of(labels, c)))
+        loss = lovasz_softmax(hard, torch.tensor(labels)).item()
+        assert loss == pytest.approx(sum(by_class) / 2)
 
 
 def test_no_labelled_points():
     outputs = torch.zeros(5, 16, requires_grad=True)
     loss, count = probe_loss("seg", outputs, {"labels": torch.zeros(5, dtype=torch.long)})
     loss.backward()
-    assert loss.item() == 0 and count == 0 and torch.isfinite(outputs.grad).all()
+    assert loss.item() == 0
+    assert count == 0
+    assert torch.isfinite(outputs.grad).all()
 
 
 def test_ignored_points_do_not_matter():
@@ -52,9 +70,12 @@ def test_ignored_points_do_not_matter():
     labelled = labels > 0
     loss, count = probe_loss("seg", outputs, {"labels": labels})
     alone, _ = probe_loss("seg", outputs[labelled], {"labels": labels[labelled]})
-    assert loss.item() == pytest.approx(alone.item()) and count == labelled.sum()
+    assert loss.item() == pytest.approx(alone.item())
+    assert count == labelled.sum()
 
 
 def test_depth_loss_is_the_mean_squared_error():
-    loss, count = probe_loss("depth", torch.tensor([[3.0], [5.0]]), {"depths": torch.tensor([1.0, 2.0])})
-    assert loss.item() == pytest.approx((4 + 9) / 2) and count == 2
+    outputs, depths = torch.tensor([[3.0], [5.0]]), torch.tensor([1.0, 2.0])
+    loss, count = probe_loss("depth", outputs, {"depths": depths})
+    assert loss.item() == pytest.approx((4 + 9) / 2)
+    assert count == 2

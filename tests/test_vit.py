@@ -1,18 +1,23 @@
-"""The vision transformer against published code: DINOv2's and CLIP's by their outputs (golden/), DINO's by timm's model."""
+"""The vision transformer against published code: DINOv2's and CLIP's outputs, and timm's DINO."""
 import pytest
 import torch
 
 from conftest import ROOT
-from models import clip_name
+from releases.clip import clip_name
 from vit import RotaryPositions, ViT, interpolate_positions, rotate
 
-# What the packages dinov2 0.0.1.dev2 (Meta's code) and clip-anytorch 2.6.0 (OpenAI's) on PyPI give for random weights of the
-# published names, and images: DINOv2 on another grid than it was built for, so with its interpolation. Float16, to be small.
+# Random weights of the published names, images, and what published code gives for them: PyPI's
+# dinov2 0.0.1.dev2 (Meta's code) and clip-anytorch 2.6.0 (OpenAI's). DINOv2's images have another
+# grid than it was built for, so its interpolation is in the outputs. Float16, to be small.
 GOLDEN = torch.load(ROOT / "tests" / "golden" / "published_vits.pt", weights_only=True)
 
 
+def close(found, expected, atol):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
 def noise(module):
-    """All parameters random: nothing is tested at the zeros and ones of an initialisation."""
+    """Make all parameters random, so that nothing is tested at the zeros and ones of a start."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -27,97 +32,128 @@ def test_dinov2_s_published_code(mlp, hidden):
     vit = ViT(14, 24, 2, 2, hidden=hidden, mlp=mlp, grid=(4, 4), layer_scale=True, mask_token=True)
     vit.load_state_dict(golden["state_dict"], strict=True)
     for feature in ("prenorm", "norm"):
-        torch.testing.assert_close(vit.feature_map(golden["images"], feature), golden[feature], atol=2e-5, rtol=0)
+        close(vit.feature_map(golden["images"], feature), golden[feature], 2e-5)
 
 
 def test_clip_s_published_code():
     golden = GOLDEN["clip"]
     vit = ViT(8, 64, 1, 1, grid=(4, 4), antialias=True, mlp="quick_gelu", clip=True)
-    names = {name: clip_name(name, value.shape) for name, value in vit.state_dict().items()}
-    assert {theirs: shape for theirs, shape in names.values()} == {n: tuple(v.shape) for n, v in golden["state_dict"].items()}
-    vit.load_state_dict({name: golden["state_dict"][theirs].reshape(vit.state_dict()[name].shape) for name, (theirs, _) in names.items()})
+    theirs, ours = golden["state_dict"], vit.state_dict()
+
+    # ours by their names and shapes
+    names = {name: clip_name(name, value.shape) for name, value in ours.items()}
+    shapes = {name: tuple(value.shape) for name, value in theirs.items()}
+    assert dict(names.values()) == shapes
+
+    vit.load_state_dict({name: theirs[their_name].reshape(ours[name].shape)
+                         for name, (their_name, _) in names.items()})
     for feature in ("prenorm", "norm"):
-        torch.testing.assert_close(vit.feature_map(golden["images"], feature), golden[feature], atol=2e-5, rtol=0)
+        close(vit.feature_map(golden["images"], feature), golden[feature], 2e-5)
 
 
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
 def test_names_and_maths_are_timm_s(patch_size):
     timm = pytest.importorskip("timm")
+    size = 4 * patch_size
     theirs = noise(timm.models.vision_transformer.VisionTransformer(
-        img_size=(4 * patch_size, 4 * patch_size), patch_size=patch_size, embed_dim=48, depth=3, num_heads=3, num_classes=0))
+        img_size=(size, size), patch_size=patch_size, embed_dim=48, depth=3, num_heads=3,
+        num_classes=0))
     ours = ViT(patch_size, 48, 3, 3, grid=(4, 4))
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    images = torch.randn(2, 3, 4 * patch_size, 4 * patch_size)
-    features = theirs.forward_intermediates(images, indices=1, norm=False, intermediates_only=True)[0]  # [B, D, h, w]
-    torch.testing.assert_close(ours.feature_map(images, "prenorm"), features, atol=1e-5, rtol=0)
+    images = torch.randn(2, 3, size, size)
+
+    # before and after the last norm
+    features = theirs.forward_intermediates(
+        images, indices=1, norm=False, intermediates_only=True)[0]  # [B, D, h, w]
+    close(ours.feature_map(images, "prenorm"), features, 1e-5)
     tokens = theirs.forward_features(images)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(ours.feature_map(images, "norm"), tokens, atol=1e-5, rtol=0)
+    close(ours.feature_map(images, "norm"), tokens, 1e-5)
+
+    # the last block's keys: the second third of its qkv
     kept = []
-    theirs.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, output: kept.append(output))
+    theirs.blocks[-1].attn.qkv.register_forward_hook(lambda _, args, output: kept.append(output))
     theirs.forward_features(images)
     keys = kept[0][:, 1:, 48:96].transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(ours.feature_map(images, "keys"), keys, atol=1e-5, rtol=0)
+    close(ours.feature_map(images, "keys"), keys, 1e-5)
 
 
-# ---- positions --------------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------
 
 def test_positions_of_the_trained_grid_are_untouched_and_constant_ones_stay():
     positions = torch.randn(1, 25, 12)
     assert interpolate_positions(positions, (4, 6), 4, 6, False) is positions
+    constant = torch.full((1, 25, 12), 0.5)
     for antialias in (False, True):
-        assert (interpolate_positions(torch.full((1, 25, 12), 0.5), (4, 6), 5, 9, antialias) - 0.5).abs().max() < 1e-5
+        resized = interpolate_positions(constant, (4, 6), 5, 9, antialias)
+        assert (resized - 0.5).abs().max() < 1e-5
 
 
 def test_the_cls_token_s_position_is_kept():
     positions = torch.randn(1, 17, 3)
     for antialias in (False, True):
-        assert torch.equal(interpolate_positions(positions, (4, 4), 6, 2, antialias)[:, 0], positions[:, 0])
+        resized = interpolate_positions(positions, (4, 4), 6, 2, antialias)
+        assert torch.equal(resized[:, 0], positions[:, 0])
 
 
 def test_the_tenth_of_a_cell_moves_the_samples():
-    """On a ramp 0, 1, 2, ... an interpolated value is its sample's place (nearly: PyTorch's bicubic kernel bends a ramp by 0.04)."""
+    """On a ramp 0, 1, 2, ... an interpolated value is its sample's place.
+
+    It is so nearly: PyTorch's bicubic kernel bends a ramp by 0.04.
+    """
     ramp = torch.arange(32.0).repeat_interleave(32)  # row number of a 32 x 32 grid
     positions = torch.cat([torch.zeros(1), ramp]).view(1, -1, 1)
 
     def rows(antialias):
-        return interpolate_positions(positions, (32, 32), 16, 16, antialias)[0, 1:, 0].view(16, 16)[2:14, 5]
+        resized = interpolate_positions(positions, (32, 32), 16, 16, antialias)
+        return resized[0, 1:, 0].view(16, 16)[2:14, 5]
     centres = torch.arange(2, 14) + 0.5  # of cells of a 16 x 16 grid
-    torch.testing.assert_close(rows(True), centres * 32 / 16 - 0.5, atol=1e-4, rtol=0)
-    torch.testing.assert_close(rows(False), centres * 32 / 16.1 - 0.5, atol=0.05, rtol=0)
+    close(rows(True), centres * 32 / 16 - 0.5, 1e-4)
+    close(rows(False), centres * 32 / 16.1 - 0.5, 0.05)
     assert rows(True)[-1] - rows(False)[-1] > 0.1
 
 
 def test_antialias_averages_where_the_grid_shrinks():
     checkerboard = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2).float().flatten()
     positions = torch.cat([torch.zeros(1), checkerboard]).view(1, -1, 1)
-    shrunk = interpolate_positions(positions, (32, 32), 8, 8, True)[:, 1:]
-    assert (shrunk - 0.5).abs().max() < 0.05
-    assert (interpolate_positions(positions, (32, 32), 8, 8, False)[:, 1:] - 0.5).abs().max() > 0.1
+    averaged = interpolate_positions(positions, (32, 32), 8, 8, True)[:, 1:]
+    assert (averaged - 0.5).abs().max() < 0.05
+    sampled = interpolate_positions(positions, (32, 32), 8, 8, False)[:, 1:]
+    assert (sampled - 0.5).abs().max() > 0.1
 
 
 def test_rotation_keeps_lengths_and_depends_on_differences_only():
-    """q · k after rotation is a function of how far apart two patches are (Su et al., RoFormer, Eq. 3)."""
+    """After rotation q · k depends only on how far apart two patches are.
+
+    Su et al., RoFormer, Eq. 3.
+    """
     rotation = RotaryPositions(32)(5, 5)
     q, k = torch.randn(2, 1, 1, 1, 32)
-    tokens = torch.cat([torch.randn(1, 1, 1, 32), q.expand(1, 1, 25, 32)], 2)  # a cls token before 25 patches
-    turned_q = rotate(tokens, rotation)
+
+    # a cls token before 25 patches stays as it is
+    tokens = torch.cat([torch.randn(1, 1, 1, 32), q.expand(1, 1, 25, 32)], 2)
+    turned_tokens = rotate(tokens, rotation)
+    assert torch.equal(turned_tokens[:, :, 0], tokens[:, :, 0])
+
+    turned_q = turned_tokens[0, 0, 1:]
     turned_k = rotate(k.expand(1, 1, 25, 32), rotation)[0, 0]
-    assert torch.equal(turned_q[:, :, 0], tokens[:, :, 0])
-    turned_q = turned_q[0, 0, 1:]
     torch.testing.assert_close(turned_q.norm(dim=1), q.norm().expand(25))
-    products = (turned_q @ turned_k.T).view(5, 5, 5, 5)  # row, col of q, row, col of k
+    products = (turned_q @ turned_k.T).view(5, 5, 5, 5)  # [row, col of q, row, col of k]
     torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(products[3, 4, 0, 0], products[4, 4, 1, 0], atol=1e-4, rtol=1e-4)
-    assert (products[0, 0, 1, 2] - products[0, 0, 2, 1]).abs() > 1e-3  # the two axes are told apart
+    # the two axes are told apart
+    assert (products[0, 0, 1, 2] - products[0, 0, 2, 1]).abs() > 1e-3
 
 
 def test_masked_key_bias_and_registers():
-    vit = noise(ViT(16, 64, 1, 1, hidden=32, mlp="swiglu", grid=None, layer_scale=True, registers=("storage_tokens", 4)))
+    vit = noise(ViT(16, 64, 1, 1, hidden=32, mlp="swiglu", grid=None, layer_scale=True,
+                    registers=("storage_tokens", 4)))
     images = torch.randn(1, 3, 32, 48)
     before = vit.feature_map(images, "prenorm")
     assert before.shape == (1, 64, 2, 3)
+
+    # the keys' bias does not matter, the registers do
     with torch.no_grad():
-        vit.blocks[0].attn.qkv.bias[64:128] += 5  # the keys'
+        vit.blocks[0].attn.qkv.bias[64:128] += 5
     assert torch.equal(vit.feature_map(images, "prenorm"), before)
     with torch.no_grad():
         vit.storage_tokens *= -1

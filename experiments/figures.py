@@ -1,0 +1,255 @@
+"""The figures that visualize.py draws: from items and features to matplotlib's figures.
+
+CD is the collaborative-distillation paper.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colors, patches
+from matplotlib.figure import Figure  # without pyplot: no window, no list of open figures
+from sklearn import manifold, metrics
+
+from data import DEPTHS
+from distill import sample_features
+from errors import InputError
+from index import CLASSES, CONDITIONS
+from metrics import NOT_AT_NIGHT, confusion_matrix, depth_sums, mean_iou, rmse
+from miniature.overview import COLORS, as_colours, principal_components, unit_features
+
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.titlepad": 3, "image.interpolation": "nearest",
+         "legend.frameon": False, "legend.handlelength": 1.2, "savefig.dpi": 300,
+         "savefig.bbox": "tight", "savefig.pad_inches": 0.03}
+LEGEND = dict(loc="outside lower center")
+BAR = dict(shrink=0.9, pad=0.01, aspect=30)
+NO_TICKS = dict(xticks=[], yticks=[])
+MARKERS = {"day-clear": ("#e69f00", "o"), "night": ("#0b2a6f", "^")}  # forms, for prints in grey
+YELLOW = (1, 1, 0)  # the points of a class
+
+
+def grid(rows, columns, aspect, **more):
+    """A figure, 7 inches wide as a page's text, and its axes [rows, columns].
+
+    Each of the axes is `aspect` times as high as wide.
+    """
+    height = 7 / max(2, columns) * aspect + 0.16
+    figure = Figure((7, rows * height + 0.55), layout="compressed")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
+# ---- PCA ----------------------------------------------------------------------------------------
+
+def pca_of_encoders(maps):
+    """Feature maps as colours, by one PCA of all encoders and images.
+
+    Args: maps, a list per encoder of [D, h, w], one per image.
+    Returns: a list per encoder of colours [h, w, 3] in [0, 1]; for each encoder the share of the
+    variance of its features that the colours show.
+    """
+    components = principal_components(sum(maps, []))
+    together = as_colours(components)
+    colours, shares = [], []
+    for own in maps:
+        shown = torch.cat([c.flatten(0, 1) for c in components[:len(own)]])
+        features = torch.cat([unit_features(m) for m in own])
+        shares.append((shown.var(0).sum() / features.var(0).sum()).item())
+        colours.append(together[:len(own)])
+        components, together = components[len(own):], together[len(own):]
+    return colours, shares
+
+
+@torch.no_grad()
+def figure_pca(items, encoders, titles):
+    """CD Fig. 4. A row per item of `views`: the image, each encoder's feature map in colours."""
+    widths = [encoder.dim for encoder in encoders]
+    if len(set(widths)) > 1:
+        raise InputError("--encoders: one PCA needs features of one width, "
+                         f"not {', '.join(map(str, widths))}")
+    maps = []
+    for encoder in encoders:
+        images = [item["image"][None].to(encoder.mean.device) / 255 for item in items]
+        maps.append([encoder(image)[0].cpu() for image in images])      # each [D, h, w]
+    colours, shares = pca_of_encoders(maps)
+
+    _, height, width = items[0]["image"].shape
+    figure, axes = grid(len(items), 1 + len(encoders), height / width, subplot_kw=NO_TICKS)
+    for line, item, *pictures in zip(axes, items, *colours):
+        line[0].imshow(item["image"].permute(1, 2, 0).numpy())
+        line[0].set_ylabel(CONDITIONS[item["condition"]])
+        for axis, picture in zip(line[1:], pictures):
+            axis.imshow(picture)
+    axes[0, 0].set_title("image")
+    for axis, title, share in zip(axes[0, 1:], titles, shares):
+        axis.set_title(f"{title}\n{100 * share:.0f} % of its variance shown")
+    figure.supxlabel("red, green, blue: the three principal components of all feature maps "
+                     "together", fontsize="medium")
+    return figure
+
+
+# ---- t-SNE --------------------------------------------------------------------------------------
+
+def figure_tsne(features, titles, seed=0):
+    """CD Fig. 3. A panel per encoder: t-SNE of its images' L2-normalised features.
+
+    Args: features, a list per encoder of {condition in MARKERS: [N, D]}.
+    A panel's title has the silhouette score of the conditions in the features' own space: 1 for
+    tight clusters apart, 0 for one cluster.
+    """
+    figure, axes = grid(1, len(features), 1, subplot_kw=NO_TICKS | dict(box_aspect=1))
+    for axis, parts, title in zip(axes[0], features, titles):
+        rows = F.normalize(torch.cat(list(parts.values())).double(), dim=1).numpy()
+        names = np.repeat(list(parts), [len(part) for part in parts.values()])
+        perplexity = min(30, (len(rows) - 1) / 3)
+        tsne = manifold.TSNE(perplexity=perplexity, random_state=seed % 2**32)
+        places = tsne.fit_transform(rows)                               # [N, 2]
+        for name, (color, marker) in MARKERS.items():
+            axis.scatter(*places[names == name].T, s=18, c=color, marker=marker, linewidths=0.3,
+                         edgecolors="white", label=f"{name}, {len(parts[name])} images")
+        score = metrics.silhouette_score(rows, names)
+        axis.set_title(f"{title}\nsilhouette score {score:.2f}")
+    figure.legend(handles=axis.collections, ncols=2, **LEGEND)
+    return figure
+
+
+# ---- probes -------------------------------------------------------------------------------------
+
+def judge(task, outputs, item, size):
+    """One image's metric, at its LiDAR points as eval.py has it: "mIoU 50.0 %".
+
+    outputs [1, C, h, w] are a probe's. Its head is affine, so it may come before the sampling.
+    """
+    image = torch.zeros(len(item["pixels"]), dtype=torch.long)
+    points = sample_features(outputs, item["pixels"], image, size)      # [N, C]
+    if task == "depth":
+        sums = depth_sums(points[:, 0], item["depths"], image, 1)
+        return f"RMSE {rmse(sums)[0]:.2f} m"
+    left_out = ()
+    if CONDITIONS[item["condition"]] == "night":
+        left_out = [CLASSES.index(name) - 1 for name in NOT_AT_NIGHT]
+    chosen = item["labels"] > 0
+    predicted, labels = points[chosen].argmax(1), item["labels"][chosen] - 1
+    confusion = confusion_matrix(predicted, labels, len(CLASSES) - 1)
+    return f"mIoU {100 * mean_iou(confusion, left_out):.1f} %"
+
+
+@torch.no_grad()
+def figure_probes(task, items, probes, titles):
+    """CD Fig. A (task "depth") and B ("seg"). A row per item of `views`.
+
+    A row has the image, the LiDAR points, and each probe's prediction everywhere. Outputs are
+    up-sampled bilinearly before the class is decided. Above a prediction stands the image's own
+    metric: RMSE, or mIoU over the classes that are there or predicted.
+    Args: probes, a list of (encoder, head).
+    """
+    _, *size = items[0]["image"].shape
+    depth = task == "depth"
+    if depth:
+        how = dict(cmap="turbo_r", norm=colors.LogNorm(2, DEPTHS[1]))
+    else:
+        how = dict(cmap=COLORS, norm=colors.Normalize(0, COLORS.N - 1))
+    figure, axes = grid(len(items), 2 + len(probes), size[0] / size[1], subplot_kw=NO_TICKS)
+    present = set()
+    for line, item in zip(axes, items):
+        image = item["image"].permute(1, 2, 0).numpy()
+        line[0].imshow(image)
+        line[0].set_ylabel(CONDITIONS[item["condition"]])
+
+        # The points, on a pale image for them to stand out.
+        truth = item["depths" if depth else "labels"].numpy()
+        known = truth > 0
+        x, y = item["pixels"].numpy()[known, ::-1].T
+        line[1].imshow(150 + 0.4 * image.mean(2), cmap="gray", vmin=0, vmax=255)
+        line[1].autoscale(False)
+        line[1].scatter(x, y, s=1.5, linewidths=0, c=truth[known], **how)
+        present.update(truth[known].tolist())
+
+        for axis, (encoder, head) in zip(line[2:], probes):
+            maps = encoder(item["image"][None].to(encoder.mean.device) / 255)       # [1, D, h, w]
+            rows = head(maps[0].flatten(1).T)                                       # [h w, C]
+            outputs = rows.T.unflatten(1, maps.shape[2:])[None].cpu()               # [1, C, h, w]
+            dense = F.interpolate(outputs, size=size, mode="bilinear", align_corners=True)[0]
+            values = dense[0].clamp(*DEPTHS) if depth else dense.argmax(0) + 1      # [H, W]
+            drawn = axis.imshow(values.numpy(), **how)
+            axis.set_title(judge(task, outputs, item, size))
+            present.update(values.unique().tolist())
+
+    for axis, title in zip(axes[0], ["image", "LiDAR points", *titles]):
+        axis.set_title(f"{title}\n{axis.get_title()}".strip())
+    if depth:
+        bar = figure.colorbar(drawn, ax=axes, label="depth [m]", ticks=(2, 5, 10, 20, 40, 80),
+                              format="%d", **BAR)
+        bar.minorticks_off()
+    else:
+        handles = [patches.Patch(color=COLORS(n), label=CLASSES[n].replace("_", " "))
+                   for n in sorted(present)]
+        figure.legend(handles=handles, ncols=6, **LEGEND)
+    return figure
+
+
+# ---- point clouds -------------------------------------------------------------------------------
+
+def figure_similarity(columns):
+    """ScaLR Fig. 1 and 3. Two panels a column, seen from above.
+
+    Above are a scan's points, those of a class in yellow. Below is all points' similarity to a
+    reference.
+    Args: columns, a list of (item of `random_scans`; features [N, D] and reference [D],
+    L2-normalised; class number, 0 for none; row of the point whose feature the reference is, None
+    where it is a class prototype).
+    """
+    drawn_points = np.concatenate([item["feats"][item["part"], 1:3] for item, *_ in columns])
+    width, height = np.ptp(drawn_points, axis=0)
+    aspect = 0.9 * height / width  # 0.9: what the scales leave
+    # On dark, both ends and the middle of the colours are seen.
+    figure, axes = grid(2, len(columns), aspect, sharex=True, sharey=True,
+                        subplot_kw=dict(aspect="equal", facecolor="#202020"))
+    for (above, below), column in zip(axes.T, columns):
+        drawn, ring = draw_column(above, below, column, len(columns))
+
+    *_, number, point = columns[-1]  # all columns have a class, or none; a point, or none
+    axes[0, 0].set_ylabel("labels\ny [m]" if number else "y [m]")
+    axes[1, 0].set_ylabel("similarity\ny [m]")
+    handles = []
+    if number:
+        handles.append(patches.Patch(color=YELLOW, label="points of the class; AUC: how often one "
+                                                         "is more similar than another point"))
+    if ring:
+        handles.append(ring)
+    figure.legend(handles=handles, ncols=2, **LEGEND)
+    reference = "prototype" if point is None else "chosen point"
+    figure.colorbar(drawn, ax=axes, label=f"cosine similarity to {reference}", **BAR)
+    return figure
+
+
+def draw_column(above, below, column, count):
+    """One of `count` columns of `figure_similarity`, on its two axes.
+
+    Returns: the dots below, for the colour bar; the ring around the chosen point above, or None.
+    """
+    item, features, reference, number, point = column
+    xyz, part = item["feats"][:, 1:4].numpy(), item["part"].numpy()
+    similarity = (features @ reference).numpy()
+    labels = np.where(part, item["labels"].numpy(), 0) if number else np.full(len(xyz), -1)
+
+    # The higher points on top of the lower ones.
+    order = np.flatnonzero(part)[xyz[part, 2].argsort()]
+    x, y = xyz[order, :2].T
+    dots = dict(s=np.clip(16000 / len(order) / count, 0.3, 3), linewidths=0)
+    of_class = (labels == number)[order, None]
+    above.scatter(x, y, c=np.where(of_class, YELLOW, 0.4), **dots)
+    drawn = below.scatter(x, y, c=similarity[order], cmap="coolwarm", norm=colors.Normalize(-1, 1),
+                          **dots)
+    ring = None
+    if point is not None:
+        circle = dict(s=80, facecolors="none", edgecolors="#30e030", linewidths=1.5)
+        ring = above.scatter(*xyz[point, :2], label="chosen point", **circle)
+        below.scatter(*xyz[point, :2], **circle)
+
+    above.set_title(CONDITIONS[item["condition"]])
+    below.set_xlabel("x [m]")
+    if number:
+        name = CLASSES[number].replace("_", " ")
+        labelled = labels > 0
+        score = metrics.roc_auc_score(labels[labelled] == number, similarity[labelled])
+        above.set_title(f"{CONDITIONS[item['condition']]}\n{name}")
+        below.set_title(f"AUC {score:.2f}")
+    return drawn, ring

@@ -1,0 +1,43 @@
+"""What is trained on frozen features: linear heads, and what may stand before the linear layer."""
+import torch
+from torch import nn
+
+from plumbing.batchnorm import BatchNorm
+
+
+class Whitening(nn.Module):
+    """A fixed linear map after which the features it was fitted on have mean 0 and covariance 1.
+
+    A linear probe behind it has the same optimum, but needs far fewer steps where a few directions
+    carry most of the variance.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("matrix", torch.eye(dim))
+
+    @torch.no_grad()
+    def fit(self, features):
+        """Set the map from features [N, D].
+
+        Directions of less than 1e-4 of the largest variance are not blown up.
+        """
+        self.mean.copy_(features.mean(0))
+        variance, directions = torch.linalg.eigh(torch.cov(features.double().T))
+        self.matrix.copy_(directions / (variance + 1e-4 * variance.max()).sqrt())
+
+    def forward(self, x):
+        return (x - self.mean) @ self.matrix
+
+
+def linear_head(kind, dim, outputs):
+    """A zero-initialised linear layer [N, D] -> [N, outputs].
+
+    kind: "linear"; "batchnorm" or "whitened" puts that before it.
+    """
+    before = {"linear": nn.Identity, "batchnorm": BatchNorm, "whitened": Whitening}[kind]
+    linear = nn.Linear(dim, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(before(dim), linear)

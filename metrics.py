@@ -1,0 +1,120 @@
+"""Metrics: pure functions of predictions and truth, and what sums them up over batches.
+
+Collaborative-distillation paper, Sec. 4.2 and C.3.
+"""
+import math
+
+import torch
+
+from data import DEPTHS
+from index import CONDITIONS
+
+NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
+
+
+# ---- pure functions ------------------------------------------------------------------------------
+
+def confusion_matrix(prediction, truth, classes):
+    """Counts [classes, classes]: row = truth, column = prediction.
+
+    prediction, truth: [N] class numbers 0..classes-1.
+    """
+    return torch.bincount(truth * classes + prediction, minlength=classes**2).view(classes, classes)
+
+
+def class_iou(confusion):
+    """IoU [C] of each class; NaN for a class that is neither in the truth nor predicted."""
+    confusion = confusion.double()
+    hits = confusion.diagonal()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def mean_iou(confusion, left_out=()):
+    """Mean IoU over the classes that occur in truth or prediction, but for those `left_out`."""
+    iou = class_iou(confusion)
+    iou[list(left_out)] = torch.nan
+    return iou.nanmean().item()
+
+
+def depth_sums(prediction, truth, batch, images):
+    """What RMSE needs of each image: sum of squared errors in square metres, number of points.
+
+    prediction [N] and truth [N] in metres, batch [N] each point's image -> [images, 2].
+    """
+    squares = (prediction.clamp(*DEPTHS) - truth).double() ** 2
+    sums = torch.zeros(images, 2, dtype=torch.double, device=squares.device)
+    return sums.index_add_(0, batch, torch.stack([squares, torch.ones_like(squares)], 1))
+
+
+def rmse(sums):
+    """(mean over images of an image's RMSE, RMSE over all points) in metres.
+
+    sums: `depth_sums` of the images, [I, 2].
+    """
+    squares, counts = sums[sums[:, 1] > 0].unbind(1)
+    per_image = (squares / counts).sqrt().mean().item()
+    per_point = (squares.sum() / counts.sum()).sqrt().item()
+    return per_image, per_point
+
+
+def finite(value):
+    """A metric for JSON, which has no NaN: None where there was nothing to evaluate."""
+    return None if math.isnan(value) else value
+
+
+# ---- over batches --------------------------------------------------------------------------------
+
+class Confusion:
+    """Confusion matrices of a segmentation, one a condition."""
+
+    def __init__(self, probe, device):
+        self.names = probe["classes"]
+        classes = len(self.names)
+        self.counts = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long,
+                                  device=device)
+
+    def add(self, outputs, batch, numbers):
+        """Count a batch: outputs [N, C] of its points. numbers: of its items."""
+        view = batch["batch"]
+        if "nearest" in batch:  # of every point
+            outputs = outputs[batch["nearest"]]
+            view = view[batch["nearest"]]
+        for condition in range(len(CONDITIONS)):
+            chosen = (batch["labels"] > 0) & (batch["condition"] == condition)[view]
+            prediction = outputs[chosen].argmax(1)
+            truth = batch["labels"][chosen] - 1
+            self.counts[condition] += confusion_matrix(prediction, truth, len(self.names))
+
+    def metrics(self, conditions):
+        """mIoU and IoU in percent: of all frames, and of these conditions."""
+        parts = {"full": self.counts.sum(0)}
+        parts |= {CONDITIONS[number]: self.counts[number] for number in conditions}
+        night = [self.names.index(name) for name in NOT_AT_NIGHT]
+        mean, each = {}, {}
+        for name, part in parts.items():
+            mean[name] = finite(100 * mean_iou(part, night if name == "night" else ()))
+            iou = zip(self.names, class_iou(part).tolist())
+            each[name] = {c: round(100 * value, 2) for c, value in iou if not math.isnan(value)}
+        return {"mIoU": mean, "IoU": each}
+
+
+class DepthSums:
+    """Squared errors, points and condition of each image."""
+
+    def __init__(self, frames, device):
+        self.counts = torch.zeros(len(frames), 3, dtype=torch.double, device=device)
+
+    def add(self, outputs, batch, numbers):
+        """Sum a batch: outputs [N, 1] of its points in metres. numbers: of its items."""
+        prediction = outputs[:, 0].float()
+        sums = depth_sums(prediction, batch["depths"], batch["batch"], len(numbers))
+        self.counts[numbers, :2] = sums
+        self.counts[numbers, 2] = batch["condition"].double()
+
+    def metrics(self, conditions):
+        """RMSE by image and by point in metres: of all frames, and of these conditions."""
+        pairs = {"full": rmse(self.counts[:, :2])}
+        for number in conditions:
+            pairs[CONDITIONS[number]] = rmse(self.counts[self.counts[:, 2] == number, :2])
+        return {"RMSE": {name: finite(pair[0]) for name, pair in pairs.items()},
+                "RMSE_points": {name: finite(pair[1]) for name, pair in pairs.items()}}

@@ -1,0 +1,153 @@
+"""Scenes of the miniature world: where the ego drives, when, with which sensors, and what they see.
+
+`options` are the arguments of `world.make_world` as it writes them into world.json.
+"""
+import hashlib
+from datetime import datetime, timedelta, timezone
+
+import numpy as np
+from pyquaternion import Quaternion
+
+from miniature.ground import LANE
+from miniature.optics import render, scan
+from miniature.rays import lidar_rig
+from miniature.shading import draw_weather
+from miniature.street import Street
+
+CONDITIONS = ("day-clear", "day-rain", "night")
+CAMERAS = {  # channel: yaw, degrees; x, y, z on the vehicle, m; as on nuScenes' cars
+    "CAM_FRONT": (0, 1.70, 0.0, 1.51),
+    "CAM_FRONT_LEFT": (55, 1.52, 0.49, 1.51), "CAM_FRONT_RIGHT": (-55, 1.55, -0.49, 1.50),
+    "CAM_BACK": (-180, 0.03, 0.0, 1.58),
+    "CAM_BACK_LEFT": (110, 1.04, 0.48, 1.59), "CAM_BACK_RIGHT": (-110, 1.01, -0.48, 1.56)}
+SINGAPORE = timezone(timedelta(hours=8))
+JPEG = dict(quality=92, subsampling=0)
+
+
+# ---- plans ---------------------------------------------------------------------------------------
+def about(axis, degrees):
+    return Quaternion(axis=np.eye(3)["xyz".index(axis)], degrees=degrees)
+
+
+def mount(cameras, rng):
+    """The sensors by channel: place on the vehicle [3], m; rotation; seconds after the LiDAR."""
+    sensors = {"LIDAR_TOP": (np.array([.94, 0, 1.84]), about("z", -90), 0.)}
+    for channel in list(CAMERAS)[:cameras]:
+        yaw, *at = CAMERAS[channel]
+        turn = about("z", yaw) * Quaternion(.5, -.5, .5, -.5)  # and from z up to z forward
+        sensors[channel] = np.array(at), turn, -.035 - .00014 * yaw
+    # nothing is mounted quite straight
+    for channel, (at, turn, late) in sensors.items():
+        tilt = about("z", rng.normal(0, .2)) * about("y", rng.normal(0, .2))
+        sensors[channel] = at, tilt * turn, late
+    return sensors
+
+
+def plan_scene(options, split, number, condition):
+    """Street, weather, sensors and frames of one scene, as a dict.
+
+    frames: a dict per keyframe; by channel, the sensor's `time` (microseconds), `turn` and `eye`
+    (see `rays.py`), `ahead` [3] (the vehicle's direction) and `pose` (of the vehicle in the city).
+    """
+    layout = number // len(CONDITIONS) if split == "val" else number
+    seed = [options["seed"], int(split == "val"), layout]
+
+    # what the conditions of a layout share: street, poses, sensors
+    rng = np.random.default_rng([*seed, 0])
+    steps = rng.uniform(8, 20, options["frames"] - 1)
+    stops = np.concatenate([[0], np.cumsum(steps)])  # x of the keyframes, m
+    street = Street(rng, stops[-1])
+    city = rng.uniform(0, 360)  # from the street's frame to the city's, degrees
+    origin = np.append(rng.uniform(300, 1800, 2), 0)
+    speed = rng.uniform(4, 11)  # m/s
+    sway = rng.normal(0, (1.5, .3, .3), (len(stops), 3))  # of the ego: yaw, pitch, roll, degrees
+    sensors = mount(options["cameras"], rng)
+
+    # what they do not share: weather and time
+    rng = np.random.default_rng([*seed, 1 + CONDITIONS.index(condition)])
+    weather = draw_weather(rng, condition)
+    day, slot = divmod(number + 700 * (split == "val"), 20)
+    start = datetime(2018, 7, 2, 20 if condition == "night" else 11, tzinfo=SINGAPORE)
+    start += timedelta(days=day, minutes=8 * slot, microseconds=int(rng.integers(60_000_000)))
+
+    frames = []
+    for stop, (yaw, pitch, roll) in zip(stops, sway):
+        views = {}
+        for channel, (at, turn, late) in sensors.items():
+            x = stop + late * speed
+            place = np.array([x, street.middle(x) - LANE / 2, 0])  # in the middle of the right lane
+            heading = np.degrees(street.heading(x)) + yaw
+            body = about("z", heading) * about("y", pitch) * about("x", roll)
+            moment = start + timedelta(seconds=float(stop / speed + late))
+            view = dict(time=round(moment.timestamp() * 1e6), turn=(body * turn).rotation_matrix,
+                        eye=place + body.rotate(at),
+                        ahead=body.rotate(np.array([1., 0, 0])).astype(np.float32))
+            view["pose"] = dict(
+                rotation=(about("z", city) * body).elements.tolist(),
+                translation=(about("z", city).rotate(place) + origin).tolist())
+            views[channel] = view
+        frames.append(views)
+    return dict(street=street, weather=weather, sensors=sensors, frames=frames,
+                condition=condition, seed=seed)
+
+
+# ---- what the sensors see ------------------------------------------------------------------------
+def noise_of(plan, frame, sensor):
+    """The generator of one sensor's noise at one keyframe."""
+    condition = CONDITIONS.index(plan["condition"])
+    return np.random.default_rng([*plan["seed"], 1 + condition, frame, sensor])
+
+
+def picture(options, plan, frame, channel):
+    """One camera's picture at one keyframe, as `optics.render` gives it.
+
+    Returns uint8 [H, W, 3]; of the pixels' centres, fine class [H, W] (0: sky) and depth [H, W], m.
+    """
+    view = plan["frames"][frame][channel]
+    rng = noise_of(plan, frame, 1 + [*CAMERAS].index(channel))
+    return render(plan["street"], plan["condition"], plan["weather"], view["turn"], view["eye"],
+                  options["image_size"], view["ahead"], rng)
+
+
+def sweep(options, plan, frame):
+    """The LiDAR's sweep at one keyframe.
+
+    Returns points float32 [N, 5] (x, y, z in m, intensity, ring) and fine classes uint8 [N].
+    """
+    view = plan["frames"][frame]["LIDAR_TOP"]
+    rig = lidar_rig(view["turn"], view["eye"], options["beams"], options["azimuths"],
+                    options["lidar_fov"])
+    return scan(plan["street"], plan["condition"], rig, noise_of(plan, frame, 0))
+
+
+# ---- what both dataset layouts write -------------------------------------------------------------
+def token_of(name):
+    return hashlib.md5(name.encode()).hexdigest()
+
+
+def log_row(plan, token, vehicle):
+    """A scene's row of the table `log`."""
+    first = plan["frames"][0]["LIDAR_TOP"]["time"]
+    first = datetime.fromtimestamp(first / 1e6, SINGAPORE)
+    return dict(token=token, logfile=f"{vehicle}-{first:%Y-%m-%d-%H-%M-%S}+0800", vehicle=vehicle,
+                date_captured=f"{first:%Y-%m-%d}", location="singapore-onenorth")
+
+
+def calibration_row(plan, token, channel, image_size):
+    """A sensor's row of the table `calibrated_sensor`."""
+    at, turn, _ = plan["sensors"][channel]
+    height, width = image_size
+    matrix = []
+    if channel in CAMERAS:  # 90 degrees from left to right
+        matrix = [[width / 2, 0., (width - 1) / 2], [0., width / 2, (height - 1) / 2], [0., 0., 1.]]
+    return dict(token=token, sensor_token=token_of(channel), translation=at.tolist(),
+                rotation=turn.elements.tolist(), camera_intrinsic=matrix)
+
+
+def sensor_rows(channels):
+    """The table `sensor`."""
+    rows = []
+    for channel in channels:
+        modality = "camera" if channel in CAMERAS else "lidar"
+        rows.append(dict(token=token_of(channel), channel=channel, modality=modality))
+    return rows

@@ -1,0 +1,52 @@
+"""The names that WaffleIron, ScaLR and ScaLR+ have for the tensors of a WaffleIron."""
+from errors import InputError
+
+RELEASED = ("model_point", "model_points", "net")  # where released files hold the weights
+RENAMED = {  # beginnings of our names: of the published ones; other names are equal
+    "embed.point.": "embed.conv1.", "embed.edges.": "embed.conv2.",
+    "spatial_mix.": "waffleiron.spatial_mix.", "channel_mix.": "waffleiron.channel_mix.",
+    "head.": "classif."}
+
+
+def published(name, shape):
+    """Name and shape of one of our tensors as the releases of WaffleIron and ScaLR have it."""
+    for ours, theirs in RENAMED.items():
+        if name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    if name.endswith(".scale"):
+        return name + ".weight", (*shape, 1, 1)
+    if len(shape) == 2:  # our linear layers are convolutions there: over points, or over edges
+        return name, (*shape, 1, 1) if name.startswith("embed.conv2.") else (*shape, 1)
+    return name, tuple(shape)
+
+
+def to_released(model):
+    """A WaffleIron's weights and statistics in the published names and shapes, sharing memory."""
+    state = {}
+    for ours, value in model.state_dict().items():
+        name, shape = published(ours, value.shape)
+        state[name] = value.reshape(shape)
+    return state
+
+
+def arguments_of(state, subject):
+    """The arguments of WaffleIron that published names and shapes tell; `grids` they do not tell.
+
+    state: {published name: tensor}. Raises InputError, beginning with `subject`, for what is none.
+    """
+    heads = {"classif.2.weight": "mlp", "classif.1.weight": "batchnorm",
+             "classif.weight": "linear"}  # by the last layer
+    last = next((name for name in heads if name in state), "classif.weight")
+    first_shape = tuple(getattr(state.get("embed.conv1.weight"), "shape", ()))
+    last_shape = tuple(getattr(state.get(last), "shape", ()))
+    if len(first_shape) != 3 or len(last_shape) != 3:
+        raise InputError(f"{subject}: embed.conv1.weight and {last} must have three dimensions, "
+                         f"there are {first_shape} and {last_shape}")
+    channels, in_channels, _ = first_shape
+    out_channels, hidden, _ = last_shape
+    prefix = "waffleiron.spatial_mix."
+    layers = {name.split(".")[2] for name in state if name.startswith(prefix)}
+    norm = "batchnorm" if f"{prefix}0.norm.running_mean" in state else "layernorm"
+    plus = dict(activation="gelu", drop_path=0.2, hidden=hidden) if heads[last] == "mlp" else {}
+    return dict(in_channels=in_channels, channels=channels, depth=len(layers),
+                out_channels=out_channels, norm=norm, head=heads[last], **plus)
