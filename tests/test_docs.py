@@ -1,0 +1,128 @@
+"""The commands of README and docs/ run: with other paths, sizes and numbers of steps.
+
+What runs for hours has tests of its own, or is the demo's: see ELSEWHERE. The links have targets.
+"""
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+from runs import RUN
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "miniature/README.md"]
+TWO_STEPS = ["--steps", "2", "--batch", "2", *RUN]
+SMALL = {  # what is added to a command of a script
+    "stage1": ["--channels", "16", "--depth", "2", "--fov", "48", "48", "8", "--cell", "1",
+               "--neighbors", "4", "--image-size", "80", "160", *TWO_STEPS],
+    "stage2": TWO_STEPS, "probe": ["--image-size", "80", "160", *TWO_STEPS],
+    "eval": ["--workers", "0", "--device", "cpu"],
+    "miniature.world": ["--train", "1", "1", "1", "--val", "1", "--frames", "1",
+                        "--azimuths", "64", "--workers", "1"],
+    "experiments.corruptions images": ["--workers", "0", "--device", "cpu"],
+    "experiments.visualize": ["--device", "cpu"]}
+SMALL["experiments.ablations"] = SMALL["stage1"]
+SMALL["experiments.corruptions lidar"] = SMALL["stage2"]
+ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ", "experiments.bench ",  # have tests of theirs
+             "experiments.reproduce --seeds", "experiments.reproduce --claim",
+             "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
+
+
+def commands():
+    """The commands of all pages in their order, as (page, module and arguments)."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        values = {}
+        for line in re.findall(r"^    (\$?\w.*)$", text, re.M):
+            values |= dict(re.findall(r'(\w+)="(.*?)"', line)) if re.match(r'\w+="', line) else {}
+            for name, value in values.items():
+                line = line.replace(f"${name} ", f"{value} ")
+            words = shlex.split(line, comments=True)
+            if not words or words[0] not in ("python", "torchrun", "pip"):
+                continue
+            rest = [word for word in words[1:] if word not in ("--standalone", "-m")]
+            if words[0] == "torchrun":
+                rest = rest[2:]  # without --nproc_per_node N
+            module = rest[0].removesuffix(".py").replace("/", ".")
+            found.append((page.name, ["pip"] if words[0] == "pip" else [module, *rest[1:]]))
+    return found
+
+
+def test_the_commands_are_found():
+    names = [argv[0] for _, argv in commands()]
+    assert len(names) >= 30
+    assert {"pip", "demo", "index", "nuimages_data", "stage1", "stage2", "probe", "eval", "export",
+            "miniature.world", "miniature.pretrain", "experiments.ablations", "experiments.bench",
+            "experiments.corruptions", "experiments.reproduce",
+            "experiments.visualize"} == set(names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_have_targets(page):
+    text = page.read_text()
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if target.startswith("http"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, (target, anchor)
+
+
+def test_readme_is_a_landing_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 1500
+    first_screen = text.partition("## Run the paper")[0]
+    assert len(first_screen.splitlines()) <= 40
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """A folder in which the pages' relative paths are."""
+    from miniature.world import make_world
+    images = tmp_path / "images"
+    make_world(images, seed=3, train=(3, 1, 1), val=1, frames=1, workers=1, dataset="nuimages")
+    seed = tmp_path / "runs/miniature/seed-1"
+    seed.mkdir(parents=True)
+    for name, there in (("world", world), ("stage1", tmp_path / "runs/s1"),
+                        ("seg-base", tmp_path / "runs/probe-a"),
+                        ("seg-cd", tmp_path / "runs/probe-b"),
+                        ("depth-base", tmp_path / "runs/probe-depth"),
+                        ("depth-cd", tmp_path / "runs/probe-depth")):
+        (seed / name).symlink_to(there)
+    monkeypatch.chdir(tmp_path)
+    return {"/data/nuscenes": str(world), "/data/nuimages": str(images),
+            "dinov2_vits14": str(ROOT / "miniature/encoder.pth"), "vit_small14": "vit_small8"}
+
+
+@pytest.mark.slow
+def test_commands_run(place, monkeypatch, capsys):
+    depth = ["probe", "--data", "/data/nuscenes", "--encoder", "runs/s2", "--task", "depth",
+             "--cameras", "all", "--out", "runs/probe-depth"]  # that docs/results.md draws
+    ran = []
+    for page, argv in sorted(commands(), key=lambda command: command[0] == "results.md"):
+        if (" ".join(argv) + " ").startswith(ELSEWHERE):
+            continue
+        if page == "results.md" and depth not in ran:
+            run(depth, place, monkeypatch)
+            ran.append(depth)
+        try:
+            run(argv, place, monkeypatch)
+        except SystemExit as error:
+            message = capsys.readouterr().err
+            needs_package = "pip install" in message  # of a format of export.py
+            assert error.code in (0, None) or needs_package, (page, argv, message)
+        ran.append(argv)
+    assert len(ran) >= 25
+
+
+def run(argv, replaced, monkeypatch):
+    """Run one command, made small, in this process."""
+    module, *rest = [replaced.get(word, word) for word in argv]
+    small = SMALL.get(" ".join([module, *rest[:1]]), SMALL.get(module, []))
+    monkeypatch.setattr(sys, "argv", [module, *rest, *small])
+    importlib.import_module(module).main()
