@@ -37,7 +37,7 @@ def read(path):
     """
     path = Path(path)
 
-    # Is it there, and what was written?
+    # Is it there, and is it what was written?
     try:
         path = path / "last.pth" if path.is_dir() else path
         with path.open("rb") as file:
@@ -99,7 +99,7 @@ def damaged_record(file):
 
 
 def load_checkpoint(path, kind):
-    """A checkpoint of `run_folder.save`'s, at `path` or in last.pth of that folder.
+    """A checkpoint that `plumbing.atomic.save` wrote, at `path` or in last.pth of that folder.
 
     kind: a key of WHO_WRITES. Raises InputError where the checkpoint is of another kind.
     """

@@ -111,11 +111,12 @@ def nearest_neighbors(xyz, count):
     available = min(count, len(xyz) - 1)
     if available < 1:
         return np.zeros((len(xyz), count), np.int64)
-    ranks = [1, *(np.arange(count) % available + 2)]  # the first found is the point itself, but:
-    found = cKDTree(xyz).query(xyz, k=ranks)[1]       # [N, 1 + count]
+    # The first found is the point itself. Only where two share a place it may be the other one,
+    # and then the point itself is among the others: there the first takes its place.
+    ranks = [1, *(np.arange(count) % available + 2)]
+    found = cKDTree(xyz).query(xyz, k=ranks)[1]  # [N, 1 + count]
     first, others = found[:, :1], found[:, 1:]
     itself = np.arange(len(xyz))[:, None]
-    # where two points are at the same place, the first may be the other one
     return np.where(others == itself, first, others)
 
 

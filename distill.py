@@ -46,7 +46,8 @@ def sample_features(maps, pixels, batch, image_size):
 def features_at_points(encoder, batch, image_size):
     """Features [N, D] at a batch's points.
 
-    They are an image encoder's at the points' pixels, or WaffleIron's where image_size is None.
+    They are an image encoder's at the points' pixels, or WaffleIron's where image_size is None. For
+    probes and ablations, which take either; the two stages spell it out.
     """
     if image_size is None:
         return encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])

@@ -4,10 +4,10 @@
     torchrun --standalone --nproc_per_node 4 eval.py runs/probe-a runs/probe-b    # on 4 GPUs
 
 Each probe is evaluated once on the validation split, into results.json beside its last.pth, and
-anew where probe, encoder or labels are others since. With --data of other frames than the probe's
-own, or where its own are others now, the result goes to results-HASH.json. The table is printed and
-written to OUT.md and OUT.json; a difference stands there only where two rows can be compared.
-Collaborative-distillation paper, Sec. 4.2 and C.3.
+again where the probe, its encoder or the labels have changed since. With --data of other frames
+than the probe's own, or where its own are others now, the result goes to results-HASH.json. The
+table is printed and written to OUT.md and OUT.json; a difference stands there only where two rows
+can be compared. Collaborative-distillation paper, Sec. 4.2 and C.3.
 """
 import os
 from pathlib import Path
@@ -132,8 +132,8 @@ def protocol_of(probe, cloud=None):
     return protocol
 
 
-def say_other_frames(probe, path, frames):
-    """Whether frames are those of a probe's validation split at its training; a line if not."""
+def are_own_frames(probe, path, frames):
+    """Whether frames are those of the probe's validation split at its training; says so if not."""
     val = probe.get("val")
     if val and val != frames:
         others = differences({"frames": val}, {"frames": frames})
@@ -180,12 +180,12 @@ class Evaluation:
             "encoder": self.probe.get("made_from", {}).get("encoder", {}),
             "frames": frames}
 
-        # Its own dataset with mended files is its own still
-        same = say_other_frames(self.probe, path, frames)
+        # Its own dataset, where only files have changed, is its own still
+        same = are_own_frames(self.probe, path, frames)
         at_home = data is None or os.path.realpath(data) == os.path.realpath(home)
         val = self.probe.get("val")  # None: the probe is from before fingerprints
-        mended = val is None or val | {"files": None} == frames | {"files": None}
-        self.own = same or at_home and mended
+        same_tables = val is None or val | {"files": None} == frames | {"files": None}
+        self.own = same or at_home and same_tables
 
     def stored_at(self):
         """The file of the result.
@@ -215,11 +215,11 @@ def measure(evaluation, workers=2, batch_size=16):
     """
     probe, frames, device = evaluation.probe, evaluation.frames, evaluation.device
     mine = range(training.rank(), len(frames), training.world())
-    order = [[(0, number) for number in mine[start:start + batch_size]]
-             for start in range(0, len(mine), batch_size)]
+    order = training.in_batches(mine, batch_size)
     loader = training.load(frames, order, collate, workers, device)
     bar = tqdm(loader, f"evaluate {evaluation.path}", disable=training.rank() > 0, mininterval=2)
-    sums = DepthSums(frames, device) if evaluation.task == "depth" else Confusion(probe, device)
+    depth = evaluation.task == "depth"
+    sums = DepthSums(frames, device) if depth else Confusion(probe["classes"], device)
     for keys, batch in zip(order, bar):
         batch = training.to_device(batch, device)
         with training.autocast(device, probe["args"]["precision"]):
@@ -228,7 +228,7 @@ def measure(evaluation, workers=2, batch_size=16):
         sums.add(outputs, batch, [number for _, number in keys])
 
     training.sum_over_processes(sums.counts)
-    conditions = []  # that there are; nuImages' tables say nothing of them
+    conditions = []  # those that occur; nuImages' tables name none
     if evaluation.task != "nuimages":
         there = set(frames.index.condition[frames.rows].tolist())
         conditions = [number for number in range(len(CONDITIONS)) if number in there]
@@ -334,7 +334,9 @@ def unchecked(path):
 
 
 def result_of(path, device, args):
-    """The result of a probe: the stored one if it is of the same weights and files, else a new one.
+    """The result of a probe.
+
+    The stored one if it is of the same weights, frames and files; else a new one, which is stored.
     """
     if not (args.data or args.encoder or args.again):
         stored = training.by_first_process(lambda: unchecked(path))

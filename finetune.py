@@ -1,13 +1,14 @@
-"""Fine-tuning: the image encoder and a linear head on it learn together, on all labels or 1 %.
+"""Fine-tuning: the image encoder and a linear head on it learn together.
 
-Collaborative-distillation paper, Tables 1 and 2, C.3. It has the flags of probe.py:
+Collaborative-distillation paper, Tables 1 and 2, C.3. `probe.py --finetune` runs it, with all flags
+of probe.py:
 
     run="torchrun --standalone --nproc_per_node 4"
     $run probe.py --finetune --data /data/nuscenes --encoder runs/s2 --task seg --percent 1
     python probe.py --finetune --data /data/nuscenes --encoder runs/s2 --task depth
 
 Writes what probe.py writes, with the encoder's weights, and OUT/best.pth, of the lowest loss on the
-validation split, which is computed ten times a run.
+validation split. That loss is computed at ends of epochs, about ten times in a long run.
 """
 import os
 
@@ -19,22 +20,23 @@ from data import collate
 from distill import features_at_points
 from heads import linear_head
 from plumbing.atomic import save
-from probe import in_batches, load_encoder, prepare, probe_loss
+from probe import load_encoder, prepare, probe_loss
 from run_folder import Log, Saver, check_finite
 
 
 class Finetuned(torch.nn.Module):
     """An encoder and the head on it as one module, so that both gradients are averaged at once."""
 
-    def __init__(self, encoder, head, image_size, autocast):
+    def __init__(self, encoder, head, image_size, device, precision):
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.image_size = image_size
-        self.autocast = autocast  # () -> context
+        self.device = device
+        self.precision = precision
 
     def forward(self, batch):
-        with self.autocast():
+        with training.autocast(self.device, self.precision):
             features = features_at_points(self.encoder, batch, self.image_size)  # [N, D]
         return self.head(features.float())                                       # [N, classes or 1]
 
@@ -42,7 +44,7 @@ class Finetuned(torch.nn.Module):
 @torch.no_grad()
 def validation_loss(task, model, held_out, workers, device):
     """Mean loss of a `Finetuned` over the items of all processes, weighted by their points."""
-    mine = in_batches(range(training.rank(), len(held_out), training.world()))
+    mine = training.in_batches(range(training.rank(), len(held_out), training.world()))
     sums = torch.zeros(2, dtype=torch.double, device=device)
     model.head.eval()
     for batch in training.load(held_out, mine, collate, workers, device):
@@ -68,10 +70,9 @@ def main(args):
     loader = training.load(run.frames, batches, collate, args.workers, device)
 
     # ---- model ----
-    encoder = encoder.to(device).eval().requires_grad_(True)  # in eval() it is trained, as stage 2
+    encoder = encoder.to(device).eval().requires_grad_(True)  # trained in eval(), as in stage 2
     head = linear_head(args.head, dim, len(run.classes) or 1).to(device)
-    both = Finetuned(encoder, head, image_size,
-                     lambda: training.autocast(device, args.precision))
+    both = Finetuned(encoder, head, image_size, device, args.precision)
     model = training.distribute(both, device, find_unused_parameters=True)
 
     # ---- optimizer ----

@@ -22,7 +22,8 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BA
 CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle",
            "pedestrian", "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat",
            "sidewalk", "terrain", "manmade", "vegetation")
-STRINGS = {"scene", "split", "lidar", "lidarseg", "image", "record", "bad"}  # fields of `Index`
+# The fields of `Index` that are strings for each frame, kept as arrays of bytes
+STRINGS = {"scene", "split", "lidar", "lidarseg", "image", "record", "bad"}
 NO_POSE = ("the calibration or ego pose of it or of one of its images is none (a rotation of "
            "length 0, or numbers that are not finite); extract the tables again")
 
@@ -54,7 +55,7 @@ class Index:
         nuScenes' 700 training scenes. Raises InputError if there is no such frame and, unless
         skip_bad, if one of them is bad.
         """
-        # The scenes, in the order of the scene table.
+        # The scenes, in the order of the scene table
         of_split = self.split == split.encode()
         names, first = np.unique(self.scene[of_split], return_index=True)
         every = 100 // percent
@@ -64,7 +65,7 @@ class Index:
                              f"{self.root} has only {len(names)} of split '{split}'; "
                              "leave --percent out")
 
-        # Their frames under these conditions.
+        # Their frames under these conditions
         wanted = np.isin(self.condition, [CONDITIONS.index(name) for name in conditions])
         rows = np.flatnonzero(np.isin(self.scene, scenes) & wanted & of_split)
         rows = spread(rows, limit)
@@ -179,7 +180,7 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
         paths = (*index.lidar, *index.lidarseg, *index.image.flat)
         all_there(root, [path for path in paths if path])
 
-    # Since the cache was written, a file may have been damaged or repaired.
+    # Since the cache was written, a file may have been damaged or repaired
     reasons = index.bad.tolist()
     asked = bool(look) | (index.bad != b"")
     for row in np.flatnonzero(asked & _posed(index.cam_from_lidar, index.intrinsics)):
@@ -211,7 +212,7 @@ def check_beside(root, version):
 
 
 def _damage(root, scan, labels, images):
-    """Which of a frame's files is empty, or a scan that is cut short or misses labels; or ""."""
+    """What is wrong with a frame's files: one empty, a scan cut short, labels missing; else ""."""
     for path in (scan, *images):
         if _size(root, path) == 0:
             return f"{path} is empty; extract it again"
@@ -219,7 +220,7 @@ def _damage(root, scan, labels, images):
     if size % 20 == 0 and (not labels or _size(root, labels) * 20 == size):
         return ""
 
-    # It needs torch, and only damage needs it.
+    # readers.files needs torch, and only a damaged frame needs readers.files
     from readers.files import looks_like, other_layout, way_out, wider_labels
     content = Path(root, scan).read_bytes()
     guess = looks_like(content) or other_layout(content)
@@ -272,7 +273,7 @@ def _read_frames(root, version):
     channels = {sensor["channel"] for sensor in nusc.sensor if sensor["modality"] == "camera"}
     cameras = [channel for channel in CAMERAS if channel in channels]
 
-    # What the tables say of each frame.
+    # What the tables say of each frame
     frames = {name: [] for name in ("scene", "split", "condition", "lidar", "lidarseg", "image",
                                     "image_size", "cam_from_lidar", "intrinsics", "record")}
     disputed = []
@@ -302,7 +303,7 @@ def _read_frames(root, version):
             frames["cam_from_lidar"].append(_cam_from_lidar(mounts, egos))
     coarse = _coarse(nusc) if labels else np.full(256, UNKNOWN, np.uint8)
 
-    # Whether their files are there and whole.
+    # Whether their files are there and whole
     named = [*frames["lidar"], *filter(None, frames["lidarseg"])]
     for images in frames["image"]:
         named += images

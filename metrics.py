@@ -67,14 +67,14 @@ def finite(value):
 class Confusion:
     """Confusion matrices of a segmentation, one a condition."""
 
-    def __init__(self, probe, device):
-        self.names = probe["classes"]
-        classes = len(self.names)
+    def __init__(self, names, device):
+        self.names = names
+        classes = len(names)
         self.counts = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long,
                                   device=device)
 
     def add(self, outputs, batch, numbers):
-        """Count a batch: outputs [N, C] of its points. numbers: of its items."""
+        """Count a batch: outputs [N, C] of its points; numbers of its items, as DepthSums needs."""
         view = batch["batch"]
         if "nearest" in batch:  # of every point
             outputs = outputs[batch["nearest"]]
@@ -105,7 +105,7 @@ class DepthSums:
         self.counts = torch.zeros(len(frames), 3, dtype=torch.double, device=device)
 
     def add(self, outputs, batch, numbers):
-        """Sum a batch: outputs [N, 1] of its points in metres. numbers: of its items."""
+        """Sum a batch: outputs [N, 1] of its points in metres; numbers of its items."""
         prediction = outputs[:, 0].float()
         sums = depth_sums(prediction, batch["depths"], batch["batch"], len(numbers))
         self.counts[numbers, :2] = sums

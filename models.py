@@ -23,7 +23,7 @@ from releases.training_checkpoints import encoder_weights
 from vit import ViT, on_the_grid_of
 
 IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
-FEATURES = ("prenorm", "norm", "keys")  # of a ViT, see `ViT.feature_map`
+FEATURES = ("prenorm", "norm", "keys")  # of a ViT, see `ViT.tokens`
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation of R, G, B
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -44,8 +44,8 @@ class Row(NamedTuple):
     license: str              # of the weights
     feature: str = "prenorm"  # what is distilled unless --feature says otherwise
                               # (ScaLR, supplement B.2); a ResNet-50 has one, "layer4"
-    entry: str | None = ""    # of torch.hub where it is not the name; None: the release has none
-    url: str = ""             # of the file of weights where there is no entry, else of a page
+    entry: str | None = ""    # entry point of torch.hub; "": the name; None: there is none
+    url: str = ""             # of the file of weights; of a page where there is an entry
     normalization: tuple = IMAGENET
     released_name: Callable = same_name
 
@@ -189,7 +189,7 @@ class ImageEncoder(nn.Module):
                              "move one of them")
         self.check_size(images.shape[2:], "images")
         rounding = 1e-3  # resizing in floats gives a white sky of 1.0000002
-        low, high = (images.amin(), images.amax()) if images.numel() else (0, 1)
+        low, high = map(float, (images.amin(), images.amax())) if images.numel() else (0, 1)
         if not (low >= -rounding and high <= 1 + rounding):  # NaN is neither
             raise InputError(f"{given}: hold values from {low:.4g} to {high:.4g} and are to be in "
                              "[0, 1], finite and not normalised; the encoder normalises them "
@@ -281,9 +281,9 @@ def _by_name(name, weights, hub, feature):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return ImageEncoder(_architecture(row, "cpu"), spec)
-    backbone = _architecture(row)
     source = weights or hub or row.source
     state = encoder_weights(read(weights) if weights else released(row, hub), source)
+    backbone = _architecture(row)
     _load_released(backbone, row, state, source)
     return ImageEncoder(backbone, spec)
 

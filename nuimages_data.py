@@ -2,7 +2,7 @@
 
     python nuimages_data.py --data /data/nuimages   # build the index, look at every file, count
 
-nuscenes-devkit reads the tables. Its package is called nuimages, so this file cannot be.
+nuscenes-devkit reads the tables. Its package is called nuimages, so this file is not.
 """
 import base64
 import dataclasses
@@ -22,7 +22,7 @@ from plumbing.fingerprint import digest
 from readers.table import all_there, as_bytes, cached, check_files, damage_named, spread
 
 SPLITS = ("train", "val")
-# What nuImages labels of nuScenes' classes: ignore, the 10 classes of objects, the road.
+# What nuImages labels of nuScenes' classes: ignore, the 10 classes of objects, the road
 CLASSES = NUSCENES_CLASSES[:NUSCENES_CLASSES.index("driveable_surface") + 1]
 
 
@@ -95,7 +95,7 @@ class ImageIndex:
 # ---- masks -------------------------------------------------------------------------------------
 
 def covered(runs):
-    """How many pixels a mask covers, uint8 [bytes] of run lengths -> int; -1 for a damaged one.
+    """How many pixels a mask's runs span, in it or not: uint8 [bytes] -> int; -1 for a damaged one.
 
     pycocotools packs a number into bytes of 48 + 6 bits: five bits of it, the lowest first, and 32
     unless it is the number's last byte. Bit 16 of the last byte is the sign. From the fourth number
@@ -106,7 +106,7 @@ def covered(runs):
     if len(bits) == 0 or bits.min() < 0 or bits.max() > 63 or not last[-1]:
         return -1
 
-    # Put the bits of each number in their places, and add them up.
+    # Put the bits of each number in their places, and add them up
     begin = np.flatnonzero(np.append(True, last[:-1]))
     lengths = np.diff(np.append(begin, len(bits)))
     place = 5 * (np.arange(len(bits)) - np.repeat(begin, lengths))
@@ -114,7 +114,7 @@ def covered(runs):
     negative = bits[last] & 16
     numbers -= np.where(negative, 1 << (place[last] + 5), 0)
 
-    # Undo the differences: of the odd numbers and of the even ones, the very first left out.
+    # Undo the differences: of the odd numbers and of the even ones, the very first left out
     for n in (1, 2):
         numbers[n::2] = np.cumsum(numbers[n::2])
     return int(numbers.sum()) if (numbers >= 0).all() else -1
@@ -201,7 +201,7 @@ def _read_tables(root, tables):
         with damage_named(root, folder.name):
             views, masks = _read_version(root, folder.name)
 
-        # The images in the order of their paths, and the masks of each.
+        # The images in the order of their paths, and the masks of each
         for file, size, token in sorted(views):
             split = folder.name.removeprefix("v1.0-")
             images.append((split, file, size, len(masks[token])))
@@ -212,7 +212,7 @@ def _read_tables(root, tables):
                 kinds.append(kind)
                 runs.append(counts)
 
-    # One array a column.
+    # One array a column
     if not images:
         raise InputError(f"--data {root}: its tables have no sample; extract them again")
     split, image, size, count = zip(*images)
@@ -239,7 +239,7 @@ def _read_version(root, version):
     nuim = NuImages(version, str(root))
     kinds = {category["token"]: class_of(category["name"]) for category in nuim.category}
 
-    # The masks, drawn in the devkit's order.
+    # The masks, drawn in the devkit's order
     masks = defaultdict(list)
     objects = sorted(nuim.object_ann, key=lambda mark: mark["token"])
     for mark in (*nuim.surface_ann, *objects):

@@ -186,7 +186,10 @@ def probe_loss(task, outputs, batch):
 # ---- encoder and data ----------------------------------------------------------------------------
 
 def load_encoder(args):
-    """(encoder, image size or None, cloud options of a 3D encoder or None, width) of the flags."""
+    """(encoder, image size or None, cloud options of a 3D encoder or None, width) of the flags.
+
+    Sets args.lr to the rate of the encoder's family.
+    """
     if args.task == "seg3d":
         encoder, stage1 = load_waffleiron(args.encoder)
         if not stage1:
@@ -241,7 +244,8 @@ def prepare(args, encoder, image_size, cloud):
     # A run of the same arguments, encoder and frames goes on
     all_val = np.flatnonzero(index.split == b"val")
     val = training.by_first_process(lambda: with_files(index, all_val, labelled))
-    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(rows, labelled)}
+    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(rows, labelled),
+                 "input": cloud or {"image_size": image_size}}
     if args.finetune:
         made_from["validation"] = val  # best.pth is chosen by it
     checkpoint = find_last(args, made_from)
@@ -266,12 +270,6 @@ def prepare(args, encoder, image_size, cloud):
     return Run(frames, held_out, classes, checkpoint, about)
 
 
-def in_batches(numbers, batch=16):
-    """Keys of the items of these numbers, in batches."""
-    return [[(0, number) for number in numbers[start:start + batch]]
-            for start in range(0, len(numbers), batch)]
-
-
 class Cached(torch.utils.data.Dataset):
     """The items of `frames` with the encoder's features [N, D], in fp16, in place of its inputs.
 
@@ -279,7 +277,7 @@ class Cached(torch.utils.data.Dataset):
     """
 
     def __init__(self, frames, features, workers, device):
-        order = in_batches(range(len(frames)))
+        order = training.in_batches(range(len(frames)))
         loader = training.load(frames, order, collate, workers, device)
         self.items = []
         for batch in tqdm(loader, "features", disable=training.rank() > 0, mininterval=2):

@@ -2,8 +2,8 @@
 
 OUT/last.pth is the newest checkpoint, OUT/previous.pth the one before it, OUT/log.jsonl has a line
 an epoch. A checkpoint is written whole or not at all (plumbing/atomic.py). Whenever a run is
-killed, one of the two is whole, and the command that started the run goes on from it as if nothing
-had happened.
+killed, one of the two checkpoints is whole, and the command that started the run goes on from it
+as if nothing had happened.
 """
 import json
 import os

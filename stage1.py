@@ -134,7 +134,8 @@ def main(argv=None):
                     skip_bad=skip_bad, seed=args.seed)
 
     # ---- resume: a run of the same arguments, encoder and frames goes on ----
-    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(rows)}
+    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(rows),
+                 "input": {"image_size": image_size}}
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
     total = args.steps or len(frames) // args.batch * args.epochs

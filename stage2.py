@@ -79,22 +79,24 @@ def parse(argv=None):
 # ---- the two encoders ----------------------------------------------------------------------------
 
 def both_encoders(args, device):
-    """The image encoder to train, on the device; the 3D encoder; the checkpoint of stage 1.
+    """The image encoder to train, the 3D encoder, stage 1's checkpoint, and their fingerprints.
 
     The checkpoint is empty where released weights stand in for stage 1.
     """
     waffleiron, stage1 = load_waffleiron(args.stage1)
+    source = encoder_source(args, stage1)
     if not stage1:
         say(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes")
     with training.first_process_first():
-        encoder = image_encoder_of(args, stage1).to(device)
-    check_pair(args, encoder, waffleiron, stage1)
+        encoder = models.load_image_encoder(**source, careful=False).to(device)
+    made_from = {"stage1": waffleiron.fingerprint(), "encoder": encoder.fingerprint()}
+    check_pair(args, encoder, waffleiron, stage1, made_from)
     encoder.keep_less(args.checkpoint)
-    return encoder, waffleiron, stage1
+    return encoder, waffleiron, stage1, made_from
 
 
-def image_encoder_of(args, stage1):
-    """The image encoder to train: of the flags, else the one of stage 1's checkpoint `stage1`.
+def encoder_source(args, stage1):
+    """Arguments of `load_image_encoder`: of the flags, else those in stage 1's checkpoint `stage1`.
 
     Raises InputError where neither says which.
     """
@@ -108,10 +110,10 @@ def image_encoder_of(args, stage1):
         own = {"weights": args.weights, "hub": args.hub}
         source = theirs | {name: value for name, value in own.items() if value}
     source["feature"] = args.feature or theirs.get("feature")  # what the head was trained to give
-    return models.load_image_encoder(**source, careful=False)
+    return source
 
 
-def check_pair(args, encoder, waffleiron, stage1):
+def check_pair(args, encoder, waffleiron, stage1, made_from):
     """Raise InputError unless the 3D encoder was trained for the image encoder."""
     name = encoder.spec["name"]
     dim = waffleiron.spec["out_channels"]
@@ -122,7 +124,7 @@ def check_pair(args, encoder, waffleiron, stage1):
         raise InputError(f"--train-batchnorm: {name} has no BatchNorm")
     if stage1:
         check(f"--stage1 {args.stage1}", stage1.get("made_from", {}),
-              {"encoder": encoder.fingerprint()},
+              {"encoder": made_from["encoder"]},
               "give that one as --encoder, or train stage 1 for this one")
 
 
@@ -142,16 +144,15 @@ def say_if_collapsed(before, now, done, bar, log):
 
 @one_line_errors
 def main(argv=None, dataset=Frames, **more):
-    """dataset: Frames, or what changes a sensor; more: what says so among the run's arguments."""
+    """`dataset` may change a sensor; `more` says so in "args". See experiments/corruptions.py."""
     args = parse(argv)
     vars(args).update(more)
     device = training.start(args)
 
     # ---- both encoders ----
-    encoder, waffleiron, stage1 = both_encoders(args, device)
-    image_size = (args.image_size or stage1.get("image_size")
-                  or encoder.spec.get("image_size", models.IMAGE_SIZE))
-    image_size = encoder.check_size(image_size)
+    encoder, waffleiron, stage1, made_from = both_encoders(args, device)
+    known = stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE)
+    image_size = encoder.check_size(args.image_size or known)
     args.lr = models.of_family(args.lr, encoder)
 
     # ---- data ----
@@ -161,12 +162,13 @@ def main(argv=None, dataset=Frames, **more):
         print(index.summary(), flush=True)
     skip_bad = args.on_bad_frame == "skip"
     rows = index.select("train", args.conditions, args.limit, skip_bad=skip_bad)
-    frames = dataset(index, rows, args.cameras, image_size, stage1.get("cloud", CLOUD),
-                     training=True, skip_bad=skip_bad, seed=args.seed)
+    cloud = stage1.get("cloud", CLOUD)
+    frames = dataset(index, rows, args.cameras, image_size, cloud, training=True,
+                     skip_bad=skip_bad, seed=args.seed)
 
     # ---- resume: a run of the same arguments, encoders and frames goes on ----
-    made_from = {"stage1": waffleiron.fingerprint(), "encoder": encoder.fingerprint(),
-                 "frames": index.fingerprint(rows)}
+    made_from["frames"] = index.fingerprint(rows)
+    made_from["input"] = {"image_size": image_size} | cloud
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
     total = args.steps or len(frames) // args.batch * args.epochs
@@ -175,7 +177,7 @@ def main(argv=None, dataset=Frames, **more):
 
     # ---- model ----
     waffleiron = waffleiron.to(device).eval().requires_grad_(False)
-    encoder.train(args.train_batchnorm)  # in eval() it is trained too, as what it will be used as
+    encoder.train(args.train_batchnorm)  # else it is trained in eval(), as it will be used
     # Some parameters have no part in the features, as the final norm in "prenorm"
     model = training.distribute(encoder, device, find_unused_parameters=True)
 
@@ -187,8 +189,7 @@ def main(argv=None, dataset=Frames, **more):
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    before = checkpoint.get("spread") if checkpoint else None  # of the features before stage 2
-    spread = before
+    spread = before = checkpoint.get("spread") if checkpoint else None  # now; before stage 2
     log = Log(args.out, device, encoder, checkpoint, len(rows))
     saver = Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0,

@@ -208,6 +208,12 @@ class Batches:
         return [(epoch, number) for number in self.order[1][begin:begin + local]]
 
 
+def in_batches(numbers, batch=16):
+    """Keys of the items of these numbers, in batches: for a pass over a dataset."""
+    return [[(0, number) for number in numbers[start:start + batch]]
+            for start in range(0, len(numbers), batch)]
+
+
 def load(dataset, batches, collate, workers, device):
     """A DataLoader over `batches`, any iterable of lists of (epoch, item number)."""
     return Loader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,

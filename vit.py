@@ -2,7 +2,7 @@
 
 DINO, iBOT, DINOv2, Depth Anything V2, CLIP and DINOv3 are this one with different arguments.
 Weights have the names of DINO's release, which are timm's, and what later releases added to them.
-Where a release has others (CLIP), models.py says which.
+CLIP's release has others: releases/clip.py.
 """
 import math
 
@@ -214,17 +214,18 @@ class ViT(nn.Module):
     """Vision transformer.
 
     Args:
-        patch_size: in pixels. dim, depth, heads: width, blocks, heads of a block.
+        patch_size: in pixels. dim: width. depth: number of blocks. heads: of a block.
         hidden: width inside a block's MLP (default 4 dim). mlp: its kind, see Block.
         grid: (H, W) patches that the position embeddings stand for; None: rotary positions
             (DINOv3).
-        Of OPTIONS, what releases after DINO added:
-        antialias: see `interpolate_positions`.
-        registers: (name, number) of tokens beside the cls token (Darcet et al., ICLR 2024).
-        layer_scale: a factor on each residual branch.
-        mask_token: with one. clip: a LayerNorm before the blocks, no bias in the patch embedding,
-            and `proj`. Neither the mask token nor `proj` has a part in a feature map; they are kept
-            as buffers, so that released weights go in and out whole.
+        options: what releases after DINO added, by default OPTIONS:
+            antialias: see `interpolate_positions`.
+            registers: (name, number) of tokens beside the cls token (Darcet et al., ICLR 2024).
+            layer_scale: a factor on each residual branch.
+            mask_token: whether there is one.
+            clip: a LayerNorm before the blocks, no bias in the patch embedding, and `proj`.
+            Neither the mask token nor `proj` has a part in a feature map. They are kept as
+            buffers, so that released weights go in and out whole.
 
     `checkpoint = True` keeps only the blocks' inputs for the backward pass, which computes the rest
     again: the same result, a fraction of the memory.
@@ -236,12 +237,13 @@ class ViT(nn.Module):
         unknown = options.keys() - OPTIONS.keys()
         if unknown:
             raise TypeError(f"ViT has no option {', '.join(sorted(unknown))}")
-        antialias, registers, layer_scale, mask_token, clip = (OPTIONS | options).values()
+        options = OPTIONS | options
+        registers, clip = options["registers"], options["clip"]
         rotary = grid is None
         eps = 1e-5 if rotary or clip else 1e-6
         self.patch_size = patch_size
         self.grid = grid
-        self.antialias = antialias
+        self.antialias = options["antialias"]
         self.registers = registers
         self.checkpoint = False
 
@@ -253,7 +255,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         if registers:
             self.register_parameter(registers[0], nn.Parameter(torch.zeros(1, registers[1], dim)))
-        if mask_token:
+        if options["mask_token"]:
             self.register_buffer("mask_token", torch.zeros(1, dim))
         if clip:
             self.register_buffer("proj", torch.zeros(dim, 512))
@@ -261,7 +263,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": patches})
 
         # Blocks
-        block = dim, heads, hidden or 4 * dim, mlp, layer_scale, eps, rotary
+        block = dim, heads, hidden or 4 * dim, mlp, options["layer_scale"], eps, rotary
         self.norm_pre = nn.LayerNorm(dim, eps=eps) if clip else nn.Identity()
         self.blocks = nn.ModuleList(Block(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
@@ -285,8 +287,8 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
         return self.norm_pre(x)
 
-    def feature_map(self, images, feature):
-        """Normalised images [B, 3, H, W] to the patches' features [B, D, h, w] in the last block.
+    def tokens(self, images, feature):
+        """Normalised images [B, 3, H, W] to the last block's tokens [B, T, D], in `embed`'s order.
 
         feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its
         attention's keys, before any rotation (what ScaLR takes from DINO).
@@ -301,9 +303,12 @@ class ViT(nn.Module):
                 x = block(x, rotation)
         last = self.blocks[-1]
         if feature == "keys":
-            _, x, _ = last.attn.qkv(last.norm1(x)).chunk(3, -1)
-        elif feature == "norm":
-            x = self.norm(last(x, rotation))
-        else:
-            x = last(x, rotation)
-        return x[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))
+            return last.attn.qkv(last.norm1(x)).chunk(3, -1)[1]
+        x = last(x, rotation)
+        return self.norm(x) if feature == "norm" else x
+
+    def feature_map(self, images, feature):
+        """Normalised images [B, 3, H, W] to the patches' features [B, D, h, w]; see `tokens`."""
+        h, w = (side // self.patch_size for side in images.shape[2:])
+        patches = self.tokens(images, feature)[:, -h * w:]
+        return patches.transpose(1, 2).unflatten(2, (h, w))

@@ -94,7 +94,11 @@ class Embedding(nn.Module):
         return self.final(torch.cat([self.point(x), nearby], dim=1))
 
     def max_over_neighbors(self, edges):
-        """[N, K, Cin] -> [N, C]: `self.edges(edges).max(1)`, without ever keeping [N, K, C]."""
+        """[N, K, Cin] -> [N, C]: the maximum over a point's edges of `self.edges`.
+
+        The second BatchNorm's statistics come from its input's covariance, so that the layer
+        before it is computed once, with the BatchNorm folded in.
+        """
         norm_in, first, norm, relu, second = self.edges
         rows = norm_in(edges.flatten(0, 1))                # [N * K, Cin]
         weight, bias = norm.after(first, rows)             # of norm(first(rows))
@@ -199,11 +203,11 @@ class WaffleIron(nn.Module):
         in_channels, channels, depth, out_channels: widths, and the number of layers.
         norm: "layernorm" or "batchnorm", inside the blocks; the embedding keeps BatchNorm.
         grids: (H, W) of each plane; layer i works on plane i mod P.
-        Of OPTIONS, what ScaLR's fine-tuning and ScaLR+ change:
-        drop_path: probability, in training, that a cloud skips a residual branch (both: 0.2).
-        activation: "relu" or "gelu" (ScaLR+), inside the blocks; the embedding keeps ReLU.
-        head: "linear", "batchnorm" (before a linear layer, ScaLR downstream) or "mlp" (`hidden`
-            wide, with a ReLU; ScaLR+).
+        options: what ScaLR's fine-tuning and ScaLR+ change, by default OPTIONS:
+            drop_path: probability, in training, that a cloud skips a residual branch (both: 0.2).
+            activation: "relu" or "gelu" (ScaLR+), inside the blocks; the embedding keeps ReLU.
+            head: "linear", "batchnorm" (before a linear layer, ScaLR downstream) or "mlp"
+            (`hidden` wide, with a ReLU; ScaLR+).
     Raises ValueError for another norm, activation or head, TypeError for another option.
 
     `spec` holds these arguments: `WaffleIron(**model.spec)` builds the same. `crop = False` turns

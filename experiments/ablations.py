@@ -14,8 +14,9 @@ depth. The encoder itself has 49.2 and 8.37, collaborative distillation gives 51
     python -m experiments.ablations stage1-all-conditions --data DATA --out runs/s1-all    # Table 5
 
 On N GPUs: `torchrun --standalone --nproc_per_node N -m experiments.ablations`. With --stage1 an
-ablation takes the flags of stage2.py, else those of stage1.py; `NAME -h` prints them. OUT is probed
-like the OUT of a stage. A run that is started again goes on from OUT/last.pth.
+ablation takes the flags of stage2.py, else those of stage1.py. `-h` of 2d-head and joint prints
+only the flags that they add. OUT is probed like the OUT of a stage. A run that is started again
+goes on from OUT/last.pth.
 """
 import os
 import sys
@@ -226,6 +227,7 @@ def head_2d_stage2(args, device):
     weights = of_weights(nn.ModuleList([waffleiron, head]))
     made_from["stage1"] = {"name": "2d-head", "weights": weights}
     made_from["frames"] = index.fingerprint(frames.rows)
+    made_from["input"] = {"image_size": before["image_size"]} | before["cloud"]
     encoder.train(args.train_batchnorm)
 
     def loss_of(features, batch, step):

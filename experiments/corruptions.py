@@ -14,7 +14,7 @@ all corruptions.
 
 Severity                     1      2      3      4      5
     fog, weight            1.5    2.0    2.5    2.5    3.0   of the fog; the image's is 1 [H]
-    fog, decay             2.0    2.0    1.7    1.5    1.4   of heights as structures halve [H]
+    fog, decay             2.0    2.0    1.7    1.5    1.4   height / height at half the size [H]
     fog, grey              0.1    0.2    0.3    0.4    0.5   share of mid-grey mixed in [D]
     (image left in fog)   0.36   0.27   0.20   0.17   0.12   (1 - grey) / (1 + weight)
     gaussian_noise        0.08   0.12   0.18   0.26   0.38   standard deviation; white is 1 [H]
@@ -95,9 +95,9 @@ def fractal_noise(height, width, decay, rng):
     down, right = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)
     frequency = side * np.hypot(down, right)  # cycles per side; [side, side // 2 + 1]
     frequency[0, 0] = 1
-    # In 2-D, an amplitude of 1 / frequency makes structures of all sizes equally high
-    amplitude = frequency ** (1 + np.log2(decay))
-    spectrum = np.fft.rfft2(rng.standard_normal((side, side))) / amplitude
+    # In 2-D, a spectrum of 1 / frequency makes structures of all sizes equally high
+    falloff = frequency ** (1 + np.log2(decay))
+    spectrum = np.fft.rfft2(rng.standard_normal((side, side))) / falloff
     field = np.fft.irfft2(spectrum, (side, side))[:height, :width]
     return (field - field.min()) / np.ptp(field)
 
@@ -147,9 +147,9 @@ class CorruptedImages(_Corrupted):
     The corruption of an image is a function of (noise_seed, frame, camera), the same in each epoch.
     """
 
-    def image(self, row, camera):
-        rng = np.random.default_rng((self.noise_seed, row, camera))
-        return IMAGES[self.corruption](super().image(row, camera), self.severity, rng)
+    def image(self, frame, camera):
+        rng = np.random.default_rng((self.noise_seed, frame, camera))
+        return IMAGES[self.corruption](super().image(frame, camera), self.severity, rng)
 
 
 class CorruptedScans(_Corrupted):
@@ -158,11 +158,11 @@ class CorruptedScans(_Corrupted):
     The corruption of a scan is a function of (noise_seed, frame), the same in each epoch.
     """
 
-    def scan(self, row):
+    def scan(self, frame):
         if self.labels:
             raise InputError("corrupted scans have no labels; LiDAR is corrupted for stage 2 only")
-        rng = np.random.default_rng((self.noise_seed, row))
-        return SCANS[self.corruption](super().scan(row), self.severity, rng)
+        rng = np.random.default_rng((self.noise_seed, frame))
+        return SCANS[self.corruption](super().scan(frame), self.severity, rng)
 
 
 # ---- the three commands --------------------------------------------------------------------------

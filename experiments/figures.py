@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colors, patches
 from matplotlib.figure import Figure  # without pyplot: no window, no list of open figures
-from sklearn import manifold, metrics
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score, silhouette_score
 
 from data import DEPTHS
 from distill import sample_features
 from errors import InputError
 from index import CLASSES, CONDITIONS
 from metrics import NOT_AT_NIGHT, confusion_matrix, depth_sums, mean_iou, rmse
-from miniature.overview import COLORS, as_colours, principal_components, unit_features
+from miniature.colours import COLORS, as_colours, principal_components, unit_features
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.titlepad": 3, "image.interpolation": "nearest",
          "legend.frameon": False, "legend.handlelength": 1.2, "savefig.dpi": 300,
@@ -48,12 +49,14 @@ def pca_of_encoders(maps):
     components = principal_components(sum(maps, []))
     together = as_colours(components)
     colours, shares = [], []
+    begin = 0
     for own in maps:
-        shown = torch.cat([c.flatten(0, 1) for c in components[:len(own)]])
+        end = begin + len(own)
+        shown = torch.cat([c.flatten(0, 1) for c in components[begin:end]])
         features = torch.cat([unit_features(m) for m in own])
         shares.append((shown.var(0).sum() / features.var(0).sum()).item())
-        colours.append(together[:len(own)])
-        components, together = components[len(own):], together[len(own):]
+        colours.append(together[begin:end])
+        begin = end
     return colours, shares
 
 
@@ -99,12 +102,12 @@ def figure_tsne(features, titles, seed=0):
         rows = F.normalize(torch.cat(list(parts.values())).double(), dim=1).numpy()
         names = np.repeat(list(parts), [len(part) for part in parts.values()])
         perplexity = min(30, (len(rows) - 1) / 3)
-        tsne = manifold.TSNE(perplexity=perplexity, random_state=seed % 2**32)
+        tsne = TSNE(perplexity=perplexity, random_state=seed % 2**32)
         places = tsne.fit_transform(rows)                               # [N, 2]
         for name, (color, marker) in MARKERS.items():
             axis.scatter(*places[names == name].T, s=18, c=color, marker=marker, linewidths=0.3,
                          edgecolors="white", label=f"{name}, {len(parts[name])} images")
-        score = metrics.silhouette_score(rows, names)
+        score = silhouette_score(rows, names)
         axis.set_title(f"{title}\nsilhouette score {score:.2f}")
     figure.legend(handles=axis.collections, ncols=2, **LEGEND)
     return figure
@@ -153,7 +156,7 @@ def figure_probes(task, items, probes, titles):
         line[0].imshow(image)
         line[0].set_ylabel(CONDITIONS[item["condition"]])
 
-        # The points, on a pale image for them to stand out.
+        # The points, on a pale image for them to stand out
         truth = item["depths" if depth else "labels"].numpy()
         known = truth > 0
         x, y = item["pixels"].numpy()[known, ::-1].T
@@ -199,7 +202,7 @@ def figure_similarity(columns):
     drawn_points = np.concatenate([item["feats"][item["part"], 1:3] for item, *_ in columns])
     width, height = np.ptp(drawn_points, axis=0)
     aspect = 0.9 * height / width  # 0.9: what the scales leave
-    # On dark, both ends and the middle of the colours are seen.
+    # On dark, both ends and the middle of the colours are seen
     figure, axes = grid(2, len(columns), aspect, sharex=True, sharey=True,
                         subplot_kw=dict(aspect="equal", facecolor="#202020"))
     for (above, below), column in zip(axes.T, columns):
@@ -230,7 +233,7 @@ def draw_column(above, below, column, count):
     similarity = (features @ reference).numpy()
     labels = np.where(part, item["labels"].numpy(), 0) if number else np.full(len(xyz), -1)
 
-    # The higher points on top of the lower ones.
+    # The higher points on top of the lower ones
     order = np.flatnonzero(part)[xyz[part, 2].argsort()]
     x, y = xyz[order, :2].T
     dots = dict(s=np.clip(16000 / len(order) / count, 0.3, 3), linewidths=0)
@@ -249,7 +252,7 @@ def draw_column(above, below, column, count):
     if number:
         name = CLASSES[number].replace("_", " ")
         labelled = labels > 0
-        score = metrics.roc_auc_score(labels[labelled] == number, similarity[labelled])
+        score = roc_auc_score(labels[labelled] == number, similarity[labelled])
         above.set_title(f"{CONDITIONS[item['condition']]}\n{name}")
         below.set_title(f"AUC {score:.2f}")
     return drawn, ring

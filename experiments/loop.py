@@ -41,7 +41,8 @@ def build(args, device, out_channels=None, labels=False):
 
     # WaffleIron, and what a checkpoint says of all
     waffleiron = stage1.waffleiron_of(args, cloud, out_channels or encoder.dim).to(device)
-    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(frames.rows, labels)}
+    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(rows, labels),
+                 "input": {"image_size": image_size}}
     content = {"waffleiron": waffleiron.spec, "cloud": cloud, "encoder": models.source_of(args),
                "image_size": image_size, "made_from": made_from}
     return encoder, waffleiron, frames, content

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread, run
+from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
+from demo import run as run_command
 from errors import InputError, one_line_errors
 from eval import not_comparable
 from plumbing.arguments import SEED, Distinct, Parser
@@ -196,7 +197,8 @@ class World:
 
     done.json remembers, of each run that has finished, its command, its seconds and its recipe. The
     recipe is a hash of the command, of the encoder as it was and of the recipes of the runs that it
-    needs. A run that is gone, or whose recipe is another one now, is made again.
+    needs. A world's is of its command alone. A run that is gone, or whose recipe is another one
+    now, is made again.
     """
 
     def __init__(self, folder, seed):
@@ -216,7 +218,7 @@ class World:
         recipe = self._recipe(name, command, needed)
         if not there or self.done.get(name, {}).get("recipe") != recipe:
             begin = time.time()
-            run(command)
+            run_command(command)
             seconds = round(time.time() - begin, 1)
             self.done[name] = {"command": command, "recipe": recipe, "seconds": seconds}
             write_json(self.note, self.done)
@@ -224,6 +226,7 @@ class World:
         return here
 
     def _recipe(self, name, command, needed):
+        """The recipe of a run: see World."""
         parts = [command.encode()]
         if name not in WORLDS:
             parts.append(Path(ROOT, ENCODER).read_bytes())

@@ -21,7 +21,7 @@ from matplotlib import rc_context
 import training
 from data import CLOUD, DEPTHS, Frames, collate
 from errors import InputError, one_line_errors
-from eval import data_of, load_probe, say_other_frames
+from eval import are_own_frames, data_of, load_probe
 from experiments.figures import (MARKERS, STYLE, figure_pca, figure_probes, figure_similarity,
                                  figure_tsne)
 from index import CLASSES, CONDITIONS, load_index
@@ -56,15 +56,8 @@ def image_features(encoder, images):
     """
     if not encoder.row.vit:
         return encoder(images).mean((2, 3))
-    vit = encoder.backbone
-    x = (images - encoder.mean) / encoder.std
-    rotation = None
-    if not vit.grid:
-        rotation = vit.rope_embed(*(side // vit.patch_size for side in images.shape[2:]))
-    x = vit.embed(x)
-    for block in vit.blocks:
-        x = block(x, rotation)
-    return vit.norm(x[:, 0])
+    normalised = (images - encoder.mean) / encoder.std
+    return encoder.backbone.tokens(normalised, "norm")[:, 0]
 
 
 def features_of_random_images(index, size, encoders, count, seed, device):
@@ -228,7 +221,7 @@ def column_titles(titles, paths):
 
 
 def one_size(sizes, paths):
-    """The only one of `sizes`, a set of (H, W)."""
+    """The one of `sizes`, a set of (H, W). Raises InputError if there are several."""
     if len(sizes) > 1:
         raise InputError(f"{', '.join(paths)}: trained on different image sizes, "
                          f"{' and '.join(map(str, sorted(sizes)))}")
@@ -273,7 +266,7 @@ def draw_probes(args, device):
                        args.version or probes[0]["args"]["version"])
     frames = with_files(index, index.select("val"), task == "seg")
     for path, probe in zip(paths, probes):
-        say_other_frames(probe, path, frames)
+        are_own_frames(probe, path, frames)
     if task == "depth":
         items = views(index, size, args.frames, max_depth=DEPTHS[1])
     else:

@@ -15,62 +15,19 @@ import torch.nn.functional as F
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Frames
 from errors import InputError, one_line_errors
-from eval import data_of, load_probe, say_other_frames
+from eval import are_own_frames, data_of, load_probe
 from index import CLASSES, CONDITIONS, load_index
+from miniature.colours import COLORS, pca_colours
 from plumbing.arguments import Parser, whole
 from plumbing.fingerprint import with_files
 
-# Colours of CLASSES that can be told apart: nuScenes' own has five oranges.
-COLORS = ListedColormap([f"#{rgb}" for rgb in (
-    "000000 42d4f4 b39ddb ffe119 f58231 9a6324 f032e6 e6194b 000075 "
-    "fabed4 800000 808080 bfef45 911eb4 aaffc3 c4ac78 2e9e44").split()])
 TITLES = ("image", "LiDAR points by class", "features before", "features after CD",
           "prediction before", "prediction after CD")
-
-
-# ---- features as colours ------------------------------------------------------------------------
-
-def unit_features(feature_map):
-    """L2-normalised features [h w, D] of a map [D, h, w], in float64."""
-    return F.normalize(feature_map.flatten(1).T.double(), dim=1)
-
-
-def principal_components(maps):
-    """One PCA of all features of the maps [D, h, w], a list: their components [h, w, 3], a list.
-
-    Features are L2-normalised first: directions are what the distillation compares.
-    """
-    features = torch.cat([unit_features(m) for m in maps])          # [N, D]
-    centred = features - features.mean(0)
-    _, directions = torch.linalg.eigh(centred.T @ centred)          # eigenvalues ascend
-    directions = directions[:, -3:].flip(1)                         # [D, 3]
-    # An eigenvector's sign is by chance: its largest entry shall be positive.
-    largest = directions.abs().argmax(0, keepdim=True)
-    directions = directions * directions.gather(0, largest).sign()
-    parts = (centred @ directions).split([m[0].numel() for m in maps])
-    return [part.view(*m.shape[1:], 3) for part, m in zip(parts, maps)]
-
-
-def as_colours(components):
-    """Components [h, w, 3] of `principal_components` as colours [h, w, 3] in [0, 1], a list.
-
-    All have one scale, percentiles 2 to 98. So equal features have equal colours, and an encoder
-    whose features moved as a whole is seen to have moved.
-    """
-    rows = torch.cat([component.flatten(0, 1) for component in components])
-    low, high = np.quantile(rows.numpy(), [0.02, 0.98], axis=0)
-    return [((component.numpy() - low) / (high - low)).clip(0, 1) for component in components]
-
-
-def pca_colours(maps):
-    """Feature maps [D, h, w], a list, as colours [h, w, 3] in [0, 1] by one PCA of them all."""
-    return as_colours(principal_components(maps))
 
 
 # ---- the picture --------------------------------------------------------------------------------
@@ -118,9 +75,9 @@ def draw(before, after, out, number=0):
     index = load_index(data_of(probe, before), probe["args"]["version"])
     frames = with_files(index, index.select("val"), True)
     for path, (probe, _, _, _) in zip((before, after), probes):
-        say_other_frames(probe, path, frames)
+        are_own_frames(probe, path, frames)
 
-    # Feature maps and predictions [encoder][row], colours of all maps in one list.
+    # Feature maps and predictions [encoder][row], colours of all maps in one list
     items = one_per_condition(index, size, number)
     maps, predictions = [], []
     for _, encoder, head, _ in probes:

@@ -55,7 +55,10 @@ class BatchNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def track(self, count, mean, var):
-        """Move the running statistics to those of a batch: `var` has `count` in its denominator."""
+        """Move the running statistics towards those of a batch.
+
+        `var` has `count`, the number of rows, in its denominator.
+        """
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var * count / (count - 1), self.momentum)

@@ -1,7 +1,7 @@
 """Ends runs that would wait for ever.
 
-A run would, where a loading process died or cannot hand over its batch, and where the main thread
-is blocked and no signal reaches it.
+It does so where a loading process died or cannot hand over its batch, and where the main thread is
+blocked and no signal reaches it.
 """
 import atexit
 import multiprocessing.queues
@@ -89,7 +89,7 @@ def _watched(iterator):
         threading.Thread(target=_watch, args=(iterator, ended), daemon=True).start()
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:
-        # What a batch raises whose process died while it was fetched says little
+        # If a process died while a batch was fetched from it, this error says little
         cause = _cause_of_death(iterator._workers, seconds=1)
         if cause:
             raise RuntimeError(cause) from error

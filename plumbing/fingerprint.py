@@ -61,7 +61,7 @@ def check(subject, before, now, way_out):
     """Raise InputError, naming both, where sources differ from what something was made from.
 
     subject: what the message begins with.
-    before: the thing's "made_from"; a line is printed for each source that it does not name.
+    before: the thing's "made_from". One line names all sources that are not in it.
     now: {source: fingerprint}.
     way_out: what the message ends with.
     """

@@ -29,7 +29,7 @@ WAYS_OUT = {
     errno.EISDIR: "a file is needed here",
     errno.EIO: "the disk or the network fails, see `dmesg`; repair that first"}
 
-# How files begin that often stand in place of the right one: what they are, and what to do.
+# How files begin that often stand in place of the right one: what they are, and what to do
 BEGINNINGS = {
     b"version https://git-lfs": "a Git-LFS pointer? Get the file itself with `git lfs pull`",
     b"<!doctype html": "a web page? Download the file again, logged in if that is asked for",
@@ -88,7 +88,7 @@ RANGES = {"x": (-500, 500), "y": (-500, 500), "z": (-500, 500), "intensity": (0,
 NOWHERE = 16  # points at x = y = z = 0: so many are a hole (or points without a return)
 MANY = 100  # points in one plane, or of one intensity: so many are no scan
 
-# Layouts in which scans are kept elsewhere: the numbers, and how many a point has.
+# Layouts in which scans are kept elsewhere: the numbers, and how many a point has
 LAYOUTS = {"64-bit floats?": ("<f8", 5), "64-bit floats, four columns?": ("<f8", 4),
            "four columns (KITTI)?": ("<f4", 4), "six columns?": ("<f4", 6),
            "three columns?": ("<f4", 3), "big-endian floats?": (">f4", 5),
@@ -225,7 +225,7 @@ def read_image(path, size, raw_size=None):
         reason = f"{path}: not a readable image ({error}); {AGAIN}".replace("\n", " ")
         raise InputError(reason) from None
 
-    # This is PIL's bilinear resize to one level of 255, and faster.
+    # This is PIL's bilinear resize to one level of 255, and faster
     small = F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)
     return small[0].numpy()
 
@@ -250,7 +250,7 @@ def decode_jpeg(image, content):
         raise ValueError("damaged: a hole in its tables")
     ends, single = stretches(content)
 
-    # As image.load() sets the decoder up.
+    # As image.load() sets the decoder up
     image.load_prepare()
     (tile,) = image.tile
     name, extents, _, args = tile
@@ -274,7 +274,8 @@ def decode_jpeg(image, content):
             kept = kept[max(taken, 0):]
         return done or not (before or kept)
 
-    # Stretch by stretch: what comes before its last byte, that byte, one byte more.
+    # Stretch by stretch: all but its last byte, the last of these alone;
+    # then its last byte with the filling, and one byte more
     at = 0
     try:
         for end, filling in ends:

@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 
-# Markers: the second of the two bytes that begin a segment.
+# Markers: the second of the two bytes that begin a segment
 EOI, SOS, DHT, DRI, RESTARTS = 0xD9, 0xDA, 0xC4, 0xDD, range(0xD0, 0xD8)
 MARKER = re.compile(rb"\xff[^\0\xff]")              # and not data, nor filling before another
 ALONE = {0x01, 0xD8, EOI, *RESTARTS}                # they have no length and no content
 FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 BASELINE = {0xC0, 0xC1}                             # frames of which one scan will do
 HUFFMAN = {0xC0, 0xC1, 0xC2}                        # frames whose coding is Huffman's
-HOLE = bytes(16)                                    # has eight zeros at a place that is whole
+HOLE = bytes(16)  # wherever it begins, eight of its zeros lie at a multiple of eight
 ZEROS, ONES = bytes(8), b"\xff\0" * 8              # 64 bits as data
 
 
@@ -30,7 +30,7 @@ def stretches(content):
     scans = restarts = 0
     zeros = 0 in np.frombuffer(content, np.uint64, len(content) // 8)  # else there is no hole
     for mark, kind, payload in segments(content):
-        # Any marker ends the stretch before it.
+        # Any marker ends the stretch before it
         if begin is not None:
             end = mark
             while content[end - 1] == 255:  # a marker may have any number of these before it
@@ -68,7 +68,7 @@ def segments(content):
         if not data and content[end:mark].strip(b"\xff"):
             raise ValueError("damaged: bytes between its segments")
 
-        # The marker, and two bytes with the length of what follows it.
+        # The marker, and two bytes with the length of what follows it
         kind = content[mark + 1]
         end = mark + 2
         if kind not in ALONE:
@@ -115,7 +115,8 @@ def codes_of_zeros(payload):
 def zeros_are_coded(payload, codes):
     """Whether zeros are the code of a number (and not of an end) in the scan of an SOS segment."""
     *_, last, bits = payload
-    if last == 0 or bits >= 16:  # the first coefficients alone; bits of numbers that are known
+    # Only first coefficients; or a scan that refines numbers, whose bits are no codes
+    if last == 0 or bits >= 16:
         return False
     tables = [16 | table & 15 for table in payload[2:2 * payload[0] + 1:2]]
     return any(codes.get(table, 0) & 15 for table in tables)

@@ -37,7 +37,7 @@ def cached(kind, root, tables, script, arguments, here, build, look):
     folder = cache_folder(cache_key(script, arguments, state))
     names = {field.name for field in dataclasses.fields(kind)} - {"root"} | {"content"}
     for _ in range(2):
-        # What the cache holds.
+        # What the cache holds
         try:
             fields = load_arrays(folder, names)
             content = fields.pop("content").item().decode()
@@ -46,7 +46,7 @@ def cached(kind, root, tables, script, arguments, here, build, look):
         except (OSError, ValueError, EOFError):  # it is not there, or not whole
             pass
 
-        # Make it anew, and read that.
+        # Make it anew, and read that
         shutil.rmtree(folder, ignore_errors=True)
         if here:
             fields = build()

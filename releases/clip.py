@@ -13,7 +13,8 @@ RENAMED = (  # (pattern in our names, what stands there in CLIP's), applied in t
     (r"attn\.proj", "attn.out_proj"),
     ("mlp.fc1", "mlp.c_fc"),
     ("mlp.fc2", "mlp.c_proj"))
-LEADING_ONES = {"class_embedding": 2, "positional_embedding": 1}  # axes that ours have more
+# Leading axes of length 1 that ours have
+LEADING_ONES = {"class_embedding": 2, "positional_embedding": 1}
 
 
 def clip_name(name, shape):

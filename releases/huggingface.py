@@ -107,7 +107,7 @@ def weights(encoder):
             ours[name] = value
 
     if kind == "dinov3_vit":
-        # It computes the periods, and has no bias of the keys, which the mask takes out
+        # transformers computes the periods, and has no bias of the keys: our mask takes it out
         absent = re.compile(r"^rope_embed|bias_mask$|key\.bias$")
         ours = {name: value for name, value in ours.items() if not absent.search(name)}
         ours["mask_token"] = ours["mask_token"].unsqueeze(0)

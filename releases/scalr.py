@@ -2,7 +2,7 @@
 from errors import InputError
 
 RELEASED = ("model_point", "model_points", "net")  # where released files hold the weights
-RENAMED = {  # beginnings of our names: of the published ones; other names are equal
+RENAMED = {  # {beginning of our name: of the published one}; other names are the same
     "embed.point.": "embed.conv1.", "embed.edges.": "embed.conv2.",
     "spatial_mix.": "waffleiron.spatial_mix.", "channel_mix.": "waffleiron.channel_mix.",
     "head.": "classif."}
@@ -32,7 +32,8 @@ def to_released(model):
 def arguments_of(state, subject):
     """The arguments of WaffleIron that published names and shapes tell; `grids` they do not tell.
 
-    state: {published name: tensor}. Raises InputError, beginning with `subject`, for what is none.
+    state: {published name: tensor}. Raises InputError, beginning with `subject`, where they are
+    not a WaffleIron's.
     """
     heads = {"classif.2.weight": "mlp", "classif.1.weight": "batchnorm",
              "classif.weight": "linear"}  # by the last layer

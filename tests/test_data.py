@@ -305,11 +305,11 @@ def test_a_batch_of_whole_scans(world):
 
 def test_a_subclass_may_change_what_a_sensor_gives(world):
     class Dark(data.Frames):
-        def image(self, row, camera):
-            return super().image(row, camera) // 2
+        def image(self, frame, camera):
+            return super().image(frame, camera) // 2
 
-        def scan(self, row):
-            return super().scan(row)[::2]
+        def scan(self, frame):
+            return super().scan(frame)[::2]
     index = load_index(world)
     plain = data.Frames(index, index.select("train"), "all", (80, 160))
     dark = Dark(index, index.select("train"), "all", (80, 160))

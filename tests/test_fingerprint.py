@@ -16,12 +16,13 @@ import export
 import probe
 import stage1
 import stage2
+from conftest import ROOT
 from errors import InputError
 from index import load_index
 from models import load_image_encoder
 from plumbing.fingerprint import differences, digest, of_weights
-from runs import (eval_args, fails_with_one_line, model_of, probe_args, stage1_args,
-                  stage2_args)
+from runs import (RUN, SMALL, eval_args, fails_with_one_line, model_of, probe_args,
+                  stage1_args, stage2_args)
 
 CPU = torch.device("cpu")
 ONE_STEP = ("--steps", "1")
@@ -174,6 +175,17 @@ def test_a_run_goes_on_with_moved_sources_and_not_with_others(world, moved, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_does_not_go_on_at_another_image_size(world, tmp_path, capsys):
+    """The same weights by another way have another size: a checkpoint says its own."""
+    shipped = str(ROOT / "miniature/encoder.pth")
+    common = ["--data", str(world), "--out", str(tmp_path / "s1"), "--batch", "2", *SMALL, *RUN]
+    stage1.main([*common, "--encoder", shipped, *ONE_STEP])
+    by_name = [*common, "--encoder", "vit_mini8", "--weights", shipped, *ONE_STEP]
+    said = fails_with_one_line(capsys, stage1.main, by_name)
+    assert "input: image_size (80, 160); now: image_size (224, 448)" in said
+    stage1.main([*by_name, "--image-size", "80", "160", "--restart"])
+
+
 def test_runs_from_before_fingerprints_are_taken_with_a_line(world, moved, capsys):
     s1, s2, p = moved / "s1", moved / "s2", moved / "p"
 
@@ -187,8 +199,8 @@ def test_runs_from_before_fingerprints_are_taken_with_a_line(world, moved, capsy
     stage2.main(stage2_args(world, s1, s2, *ONE_STEP))
     printed = capsys.readouterr().out
     assert f"--stage1 {s1} does not say which encoder it was made from" in printed
-    assert (f"{s2}: a run from before fingerprints; whether encoder and frames and stage1 are the "
-            "same is not checked") in printed
+    assert (f"{s2}: a run from before fingerprints; whether encoder and frames and input and "
+            "stage1 are the same is not checked") in printed
     evaluate(p)
     assert f"{p}: its head does not say which encoder" in capsys.readouterr().out
     assert (p / "results.json").is_file()
@@ -282,7 +294,7 @@ def test_an_unfinished_stage_2_is_said_wherever_it_is_used(world, moved, tmp_pat
     about = json.loads((tmp_path / "encoder.pth.json").read_text())
     assert about["step"] == 1 and about["total"] == 100
     assert about["fingerprint"] == load_image_encoder(str(source)).fingerprint()
-    assert set(about["made_from"]) == {"encoder", "frames", "stage1"}
+    assert set(about["made_from"]) == {"encoder", "frames", "input", "stage1"}
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_one_percent_are_the_100th_200th_and_so_on_scene_of_the_table():
 
 # ---- conditions --------------------------------------------------------------------------------
 
-# Descriptions of clear scenes, and what md4all's rule makes of them.
+# Descriptions of clear scenes, and what md4all's rule makes of them
 OTHERWISE = {"Wait for train, peds": "day-rain", "Hilly terrain": "day-rain",
              "Drain, truck": "day-rain", "Knight Street": "night"}
 
@@ -108,7 +108,7 @@ def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(
     scan = next((copy / "samples/LIDAR_TOP").iterdir())
     monkeypatch.setattr("sys.argv", ["index.py", "--data", str(copy)])
 
-    # A damaged file and a missing one.
+    # A damaged file and a missing one
     scan.write_bytes(scan.read_bytes()[:1001])
     index.main()
     wrong = f"bad: {scan.relative_to(copy)} has 1001 bytes, not 20 a point"
@@ -121,7 +121,7 @@ def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(
     assert f"the first is {image.relative_to(copy)}" in capsys.readouterr().err
     assert (index.load_index(copy, look=False).bad == b"").all()
 
-    # A table of another content, of the same size and date.
+    # A table of another content, of the same size and date
     table = copy / "v1.0-trainval/scene.json"
     date = table.stat().st_mtime_ns
     table.write_text(table.read_text().replace("Night", "Light"))

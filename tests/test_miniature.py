@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import probe
-from miniature import overview, pretrain
+from miniature import colours, overview, pretrain
 from models import ViT, load_image_encoder
 
 SHIPPED = Path(pretrain.__file__).parent / "encoder.pth"
@@ -81,7 +81,7 @@ def test_the_shipped_encoder_is_small_and_loads():
 def test_pca_colours_are_joint():
     maps = [torch.randn(5, 2, 3), torch.randn(5, 2, 3)]
     maps[1][:, 0, 0] = maps[0][:, 1, 2]  # equal features in two maps get the same colour
-    a, b = overview.pca_colours(maps)
+    a, b = colours.pca_colours(maps)
     assert a.shape == (2, 3, 3) and 0 <= a.min() and a.max() <= 1
     np.testing.assert_allclose(b[0, 0], a[1, 2])
 

@@ -123,7 +123,7 @@ def test_images_and_masks_are_known_by_what_they_are(drawn, tmp_path):
     assert before == load_nuimages(drawn, here=True).fingerprint([0, 1])
     assert before != found.fingerprint([1, 0])
 
-    # Another mask, and another name of the folder.
+    # Another mask, and another name of the folder
     table = drawn / "v1.0-train/object_ann.json"
     marks = json.loads(table.read_text())
     marks[2]["mask"] = rectangle(60, 30, 91, 60)

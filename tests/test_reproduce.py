@@ -63,7 +63,7 @@ def dry(tmp_path, monkeypatch):
         if command[1:3] == ["experiments.corruptions", "images"]:
             results = dict.fromkeys(CORRUPTIONS, result)
             Path(f"{out}.json").write_text(json.dumps([{"results": results}]))
-    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce, "run_command", run)
     return world, commands
 
 
