@@ -18,7 +18,7 @@ SMALL = {  # what is added to a command of a script
                "--neighbors", "4", "--image-size", "80", "160", *TWO_STEPS],
     "stage2": TWO_STEPS, "probe": ["--image-size", "80", "160", *TWO_STEPS],
     "eval": ["--workers", "0", "--device", "cpu"],
-    "miniature.world": ["--train", "1", "1", "1", "--val", "1", "--frames", "1",
+    "miniature.world": ["--train", "2", "1", "1", "--val", "1", "--frames", "1",
                         "--azimuths", "64", "--workers", "1"],
     "experiments.corruptions images": ["--workers", "0", "--device", "cpu"],
     "experiments.visualize": ["--device", "cpu"]}
@@ -46,7 +46,8 @@ def commands():
             if words[0] == "torchrun":
                 rest = rest[2:]  # without --nproc_per_node N
             module = rest[0].removesuffix(".py").replace("/", ".")
-            found.append((page.name, ["pip"] if words[0] == "pip" else [module, *rest[1:]]))
+            argv = ["pip"] if words[0] == "pip" else [module, *rest[1:]]
+            found.append((page.relative_to(ROOT).as_posix(), argv))
     return found
 
 
@@ -95,8 +96,9 @@ def place(world, tmp_path, monkeypatch):
                         ("depth-cd", tmp_path / "runs/probe-depth")):
         (seed / name).symlink_to(there)
     monkeypatch.chdir(tmp_path)
+    shipped = str(ROOT / "miniature/encoder.pth")
     return {"/data/nuscenes": str(world), "/data/nuimages": str(images),
-            "dinov2_vits14": str(ROOT / "miniature/encoder.pth"), "vit_small14": "vit_small8"}
+            "miniature/encoder.pth": shipped, "dinov2_vits14": shipped, "vit_small14": "vit_small8"}
 
 
 @pytest.mark.slow
@@ -104,10 +106,10 @@ def test_commands_run(place, monkeypatch, capsys):
     depth = ["probe", "--data", "/data/nuscenes", "--encoder", "runs/s2", "--task", "depth",
              "--cameras", "all", "--out", "runs/probe-depth"]  # that docs/results.md draws
     ran = []
-    for page, argv in sorted(commands(), key=lambda command: command[0] == "results.md"):
+    for page, argv in sorted(commands(), key=lambda command: command[0] == "docs/results.md"):
         if (" ".join(argv) + " ").startswith(ELSEWHERE):
             continue
-        if page == "results.md" and depth not in ran:
+        if page == "docs/results.md" and depth not in ran:
             run(depth, place, monkeypatch)
             ran.append(depth)
         try:
