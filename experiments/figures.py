@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colors, patches
 from matplotlib.figure import Figure  # without pyplot: no window, no list of open figures
-from sklearn.manifold import TSNE
-from sklearn.metrics import roc_auc_score, silhouette_score
 
 from data import DEPTHS
 from distill import sample_features
@@ -97,6 +95,8 @@ def figure_tsne(features, titles, seed=0):
     A panel's title has the silhouette score of the conditions in the features' own space: 1 for
     tight clusters apart, 0 for one cluster.
     """
+    from sklearn.manifold import TSNE  # here: it takes long to import
+    from sklearn.metrics import silhouette_score
     figure, axes = grid(1, len(features), 1, subplot_kw=NO_TICKS | dict(box_aspect=1))
     for axis, parts, title in zip(axes[0], features, titles):
         rows = F.normalize(torch.cat(list(parts.values())).double(), dim=1).numpy()
@@ -228,6 +228,7 @@ def draw_column(above, below, column, count):
 
     Returns: the dots below, for the colour bar; the ring around the chosen point above, or None.
     """
+    from sklearn.metrics import roc_auc_score
     item, features, reference, number, point = column
     xyz, part = item["feats"][:, 1:4].numpy(), item["part"].numpy()
     similarity = (features @ reference).numpy()
