@@ -38,8 +38,10 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     A point is visible if it is more than min_depth away and 0 < row < H-1, 0 < col < W-1
     (nuscenes-devkit's rule, whose margin is 1).
     """
+    # Into the camera's frame, z ahead
     camera = cam_from_lidar[:3, :3] @ xyz.T + cam_from_lidar[:3, 3:]  # [3, N]
     ahead = np.flatnonzero(camera[2] > min_depth)
+    # Onto its image
     col, row, depth = intrinsics @ camera[:, ahead]
     row, col = row / depth, col / depth
     inside = (row > 0) & (row < size[0] - 1) & (col > 0) & (col < size[1] - 1)
@@ -331,6 +333,7 @@ def collate(items):
     if unknown:
         raise ValueError(f"collate does not know the field {unknown[0]!r}: say in data.JOIN how "
                          "the items' values are joined")
+    # How many points each item has, and the row of the batch at which they start
     per_point = next(name for name in ("feats", "features", "pixels") if name in items[0])
     counts = torch.tensor([len(item[per_point]) for item in items])
     starts = (counts.cumsum(0) - counts).tolist()

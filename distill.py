@@ -66,6 +66,7 @@ def distillation_loss(pixel_features, point_features, direction):
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}, not one of {DIRECTIONS}")
+    # The teacher's side gets no gradient: that is all that tells the stages apart
     if direction == "2d_to_3d":
         pixel_features = pixel_features.detach()
     else:

@@ -66,7 +66,8 @@ def load_probe(path, device, encoder_at=None):
     probe = load_checkpoint(path, "probe")
     check_finished(probe, path)
     cloud = None
-    if probe.get("backbone"):  # fine-tuned: the encoder's weights are in the probe's checkpoint
+    # A fine-tuned probe's checkpoint has the encoder's weights, another says where they are
+    if probe.get("backbone"):
         spec = probe["spec"]
         encoder = load_image_encoder(spec["name"], "random", feature=spec["feature"], careful=False)
         load_strictly(encoder.backbone, probe["backbone"], path)
@@ -376,8 +377,7 @@ def main(argv=None):
     add("probes", nargs="+", help="folders that probe.py wrote, or the best.pth in them")
     add("--data", help="nuScenes root (default: the probe's)")
     add("--encoder",
-        help="where the probes' encoder is, if it was moved: its folder, or the file of its "
-             "weights")
+        help="where the probes' encoder is, if it was moved: its folder or its weights' file")
     add("--out", default="runs/table",
         help="the table goes to OUT.md and OUT.json (default: %(default)s)")
     add("--again", action="store_true", help="evaluate even where results.json is there")

@@ -23,6 +23,7 @@ class Whitening(nn.Module):
 
         Directions of less than 1e-4 of the largest variance are not blown up.
         """
+        # Onto the covariance's eigenvectors, each divided by its standard deviation
         self.mean.copy_(features.mean(0))
         variance, directions = torch.linalg.eigh(torch.cov(features.double().T))
         self.matrix.copy_(directions / (variance + 1e-4 * variance.max()).sqrt())
@@ -37,6 +38,7 @@ def linear_head(kind, dim, outputs):
     kind: "linear"; "batchnorm" or "whitened" puts that before it.
     """
     before = {"linear": nn.Identity, "batchnorm": BatchNorm, "whitened": Whitening}[kind]
+    # From 0, so that a probe starts at the same loss whatever the scale of the features
     linear = nn.Linear(dim, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -19,6 +19,7 @@ def confusion_matrix(prediction, truth, classes):
 
     prediction, truth: [N] class numbers 0..classes-1.
     """
+    # A pair of classes as one number, so that one count does for all pairs
     return torch.bincount(truth * classes + prediction, minlength=classes**2).view(classes, classes)
 
 
@@ -80,6 +81,7 @@ class Confusion:
             outputs = outputs[batch["nearest"]]
             view = view[batch["nearest"]]
         for condition in range(len(CONDITIONS)):
+            # Class 0 is "ignore": labels count from 1, outputs from 0
             chosen = (batch["labels"] > 0) & (batch["condition"] == condition)[view]
             prediction = outputs[chosen].argmax(1)
             truth = batch["labels"][chosen] - 1

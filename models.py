@@ -321,6 +321,7 @@ def _feature(row, feature):
 
 def _architecture(row, device="meta"):
     """The backbone of a row, with random weights; on "meta" `load_state_dict` has to bring all."""
+    # On "meta" weights take neither time nor memory
     with torch.device(device):
         backbone = ViT(row.patch_size, **row.vit) if row.vit else _resnet50(row.name)
     return backbone.to_empty(device="cpu") if device == "meta" else backbone

@@ -165,6 +165,7 @@ def cosine(step, total, peak, end=0.0, warmup=0):
     """
     if step < warmup:
         return peak * step / warmup
+    # Half a turn of the cosine over the steps after the warm-up
     angle = math.pi * (step - warmup) / max(1, total - warmup)
     return end + (peak - end) * (1 + math.cos(angle)) / 2
 
@@ -199,10 +200,12 @@ class Batches:
 
     def of(self, step):
         """This process's part of one step's batch."""
+        # The epoch's order, drawn when its first step is asked for
         epoch, place = divmod(step, self.per_epoch)
         if self.order[0] != epoch:
             generator = torch.Generator().manual_seed((1000003 * self.seed + epoch) % 2**63)
             self.order = epoch, torch.randperm(self.items, generator=generator).tolist()
+        # Of the global batch each process has as many, in the order of ranks
         local = self.batch // world()
         begin = place * self.batch + rank() * local
         return [(epoch, number) for number in self.order[1][begin:begin + local]]
@@ -210,8 +213,10 @@ class Batches:
 
 def in_batches(numbers, batch=16):
     """Keys of the items of these numbers, in batches: for a pass over a dataset."""
-    return [[(0, number) for number in numbers[start:start + batch]]
-            for start in range(0, len(numbers), batch)]
+    batches = []
+    for start in range(0, len(numbers), batch):
+        batches.append([(0, number) for number in numbers[start:start + batch]])
+    return batches
 
 
 def load(dataset, batches, collate, workers, device):

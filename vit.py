@@ -126,6 +126,7 @@ class Attention(nn.Module):
     def forward(self, x, rotation):
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        # One layer makes all three, in this order
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads] each
         if rotation is not None:
             q = rotate(q, rotation)
@@ -268,6 +269,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(*block) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
 
+        # Random weights as in DINO's code
         for name, parameter in self.named_parameters():
             if parameter.ndim in (2, 3):  # linear layers and tokens
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -282,6 +284,7 @@ class ViT(nn.Module):
         x = torch.cat([cls_token, x.flatten(2).transpose(1, 2)], 1)
         if self.grid is not None:
             x = x + interpolate_positions(self.pos_embed, self.grid, h, w, self.antialias)
+        # Registers have no positions, so they come in after these
         if self.registers:
             registers = getattr(self, self.registers[0]).expand(count, -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
@@ -301,6 +304,7 @@ class ViT(nn.Module):
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation)
+        # The last block apart: its attention's keys are features too
         last = self.blocks[-1]
         if feature == "keys":
             return last.attn.qkv(last.norm1(x)).chunk(3, -1)[1]
