@@ -3,8 +3,9 @@
 A fingerprint is a small dict that a person can read:
 {"name": "dinov2_vits14", "feature": "prenorm", "weights": "3f2a..."}. Its hashes are of content
 alone, so what was moved or copied keeps them. Every checkpoint and every result has the
-fingerprints of its sources as "made_from": {"encoder": {...}, "frames": {...}}. Wherever two of
-them meet, `differences` compares them.
+fingerprints of its sources as "made_from": {"encoder": {...}, "frames": {...}, "input": {...}}.
+The input is what no weights tell: image size, and how a scan becomes the 3D encoder's input.
+Wherever two of them meet, `differences` compares them.
 """
 import hashlib
 

@@ -186,6 +186,14 @@ def test_a_run_does_not_go_on_at_another_image_size(world, tmp_path, capsys):
     stage1.main([*by_name, "--image-size", "80", "160", "--restart"])
 
 
+def test_a_run_does_not_go_on_with_another_cloud(world, moved, capsys):
+    """It comes from stage 1's checkpoint, whose weights do not tell it."""
+    change(moved / "s1", lambda content: content["cloud"].update(voxel=0.3))
+    argv = stage2_args(world, moved / "s1", moved / "s2", *ONE_STEP)
+    said = fails_with_one_line(capsys, stage2.main, argv)
+    assert "made from other input" in said and "voxel 0.1" in said and "voxel 0.3" in said
+
+
 def test_runs_from_before_fingerprints_are_taken_with_a_line(world, moved, capsys):
     s1, s2, p = moved / "s1", moved / "s2", moved / "p"
 

@@ -309,8 +309,8 @@ def test_two_thousand_steps_leak_nothing(world, tmp_path):
     late = np.array([sample for sample in samples if sample[0] >= 400])
     assert len(late) > 20
     _, memory, files, processes = late.T
-    # Caches by shape still fill here, some 20 MB in these steps; a run of 6,000 stands still from
-    # step 4,000 on. A step that keeps its graph keeps 0.1 MB, its batch 0.03.
+    # Caches by shape still fill here, up to some step 4,000. The limit is 30 KB a step, and the
+    # images of a step have 38.
     quarters = [np.median(part) for part in np.array_split(memory, 4)]  # MB
     assert quarters[-1] - quarters[0] < 0.05 * quarters[0], quarters
     assert np.median(files[-10:]) <= np.median(files[:10]) + 1
