@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from errors import InputError
+from plumbing.errors import InputError
 from readers.files import read_image, read_labels, read_scan
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol

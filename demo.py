@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from errors import one_line_errors
 from plumbing.arguments import SEED, Distinct, Parser
 from plumbing.atomic import write_json
+from plumbing.errors import one_line_errors
 
 ROOT = Path(__file__).resolve().parent
 

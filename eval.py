@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import training
-from checkpoints import load_checkpoint, load_strictly, located, say_if_unfinished
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
-from errors import InputError, one_line_errors, say
 from heads import linear_head
-from index import CONDITIONS, load_index
 from metrics import Confusion, DepthSums, finite
 from models import load_image_encoder, source_in
-from nuimages_data import LabelledImages, load_nuimages
+from plumbing import training
 from plumbing.arguments import WORKERS, Parser
 from plumbing.atomic import read_json, write_json, write_text
+from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, differences, digest, of_weights, with_files
+from plumbing.weights import load_checkpoint, load_strictly, located, say_if_unfinished
+from readers.nuimages import LabelledImages, load_nuimages
+from readers.nuscenes import CONDITIONS, load_index
 from waffleiron import load_waffleiron
 
 COLUMNS = ("full", *CONDITIONS)

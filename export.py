@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import load_checkpoint, say_if_unfinished
-from errors import InputError, one_line_errors
 from models import encoder_of
 from plumbing.arguments import COUNT, Parser
+from plumbing.errors import InputError, one_line_errors
+from plumbing.weights import load_checkpoint, say_if_unfinished
 from releases import huggingface, onnx_graph
 
 NEEDED = {  # format: packages beside PyTorch

@@ -15,13 +15,13 @@ import os
 import torch
 from tqdm import tqdm
 
-import training
 from data import collate
 from distill import features_at_points
 from heads import linear_head
+from plumbing import training
 from plumbing.atomic import save
+from plumbing.run_folder import Log, Saver, check_finite
 from probe import load_encoder, prepare, probe_loss
-from run_folder import Log, Saver, check_finite
 
 
 class Finetuned(torch.nn.Module):

@@ -7,7 +7,7 @@ import math
 import torch
 
 from data import DEPTHS
-from index import CONDITIONS
+from readers.nuscenes import CONDITIONS
 
 NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
 

@@ -13,10 +13,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-from checkpoints import check_fit, check_kind, load_strictly, located, read, say_if_unfinished
-from errors import InputError
 from plumbing.arguments import COUNT
+from plumbing.errors import InputError
 from plumbing.fingerprint import of_weights
+from plumbing.weights import check_fit, check_kind, load_strictly, located, read, say_if_unfinished
 from releases.clip import clip_name
 from releases.hub import released
 from releases.training_checkpoints import encoder_weights

@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import models
-import training
 from data import CLOUD, DEPTHS, Frames, collate
 from distill import features_at_points
-from errors import InputError, one_line_errors, say
 from heads import linear_head
-from index import CLASSES, load_index
-from nuimages_data import CLASSES as NUIMAGES
-from nuimages_data import LabelledImages, load_nuimages
+from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, RATE, Parser
+from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import with_files
-from run_folder import Log, Saver, check_finite, find_last
+from plumbing.run_folder import Log, Saver, check_finite, find_last
+from readers.nuimages import CLASSES as NUIMAGES
+from readers.nuimages import LabelledImages, load_nuimages
+from readers.nuscenes import CLASSES, load_index
 from waffleiron import load_waffleiron
 
 # The papers' hyper-parameters by task (C.3; seg3d: ScaLR supplement B.3). lr and end_lr are the

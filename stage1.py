@@ -15,15 +15,14 @@ import torch
 from tqdm import tqdm
 
 import models
-import training
 from data import CLOUD, Frames, collate, plane_sizes
 from distill import distillation_loss, sample_features
-from errors import InputError, one_line_errors
-from index import CONDITIONS, load_index
+from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, whole
-from run_folder import Log, Saver, check_finite, find_last
+from plumbing.errors import InputError, one_line_errors
+from plumbing.run_folder import Log, Saver, check_finite, find_last
+from readers.nuscenes import CONDITIONS, load_index
 from waffleiron import WaffleIron
-
 
 # ---- arguments -----------------------------------------------------------------------------------
 

@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 import models
-import training
 from data import CLOUD, Frames, collate
 from distill import distillation_loss, feature_spread, sample_features
-from errors import InputError, one_line_errors, say
-from index import CONDITIONS, load_index
+from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
+from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check
-from run_folder import Log, Saver, check_finite, find_last
+from plumbing.run_folder import Log, Saver, check_finite, find_last
+from readers.nuscenes import CONDITIONS, load_index
 from waffleiron import load_waffleiron
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders

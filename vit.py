@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from errors import say
-
+from plumbing.errors import say
 
 # ---- positions -----------------------------------------------------------------------------------
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import check_fit, check_kind, load_strictly, read, say_if_unfinished, unwrapped
-from errors import InputError
 from plumbing.batchnorm import BatchNorm
+from plumbing.errors import InputError
 from plumbing.fingerprint import of_weights
+from plumbing.weights import (check_fit, check_kind, load_strictly, read, say_if_unfinished,
+                              unwrapped)
 from releases.scalr import RELEASED, arguments_of, published, to_released  # noqa: F401
 
 GRIDS = ((256, 256), (256, 32), (256, 32))  # cells (H, W) of the planes with normal axis z, y, x

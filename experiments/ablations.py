@@ -28,19 +28,18 @@ from torch import nn
 import models
 import stage1
 import stage2
-import training
-from checkpoints import read, say_if_unfinished
 from data import Frames
 from distill import distillation_loss, features_at_points
-from errors import InputError, one_line_errors
 from experiments.loop import build, train
-from index import CLASSES, CONDITIONS, load_index
+from plumbing import training
 from plumbing.arguments import POSITIVE, Parser, whole
 from plumbing.atomic import save
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import check, of_weights
+from plumbing.weights import read, say_if_unfinished
 from probe import probe_loss
+from readers.nuscenes import CLASSES, CONDITIONS, load_index
 from waffleiron import WaffleIron
-
 
 # ---- maths ---------------------------------------------------------------------------------------
 

@@ -34,18 +34,18 @@ import numpy as np
 import torch
 
 import models
-import training
 from data import CLOUD, Frames, collate
-from errors import one_line_errors
 from experiments.workloads import item_cases, step_cases, waffleiron_cases
-from index import load_index
 from miniature.world import make_world
+from plumbing import training
 from plumbing.arguments import COUNT, Distinct, Parser, whole
+from plumbing.errors import one_line_errors
 from readers import files
+from readers.nuscenes import load_index
 
 FEW = 6   # layers, two on each plane: what a CPU is measured with, where all 48 take minutes
 # What stages 1 and 2 learn from, in views and in words. The epochs are the paper's (Sec. 4.1), the
-# frames are nuScenes' (`python index.py` counts them).
+# frames are nuScenes' (`python -m readers.nuscenes` counts them).
 RUNS = ((49 * 20_000, "49 epochs of about 20,000 clear frames, one camera each"),
         (6 * 28_130, "one epoch of 28,130 frames, six cameras each"))
 

@@ -44,13 +44,13 @@ from scipy.ndimage import correlate1d
 
 import eval as evaluation
 import stage2
-import training
-from checkpoints import load_checkpoint
 from data import Frames
-from errors import InputError, one_line_errors
-from index import load_index
+from plumbing import training
 from plumbing.arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
 from plumbing.atomic import write_json, write_text
+from plumbing.errors import InputError, one_line_errors
+from plumbing.weights import load_checkpoint
+from readers.nuscenes import load_index
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

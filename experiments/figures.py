@@ -10,10 +10,10 @@ from matplotlib.figure import Figure  # without pyplot: no window, no list of op
 
 from data import DEPTHS
 from distill import sample_features
-from errors import InputError
-from index import CLASSES, CONDITIONS
 from metrics import NOT_AT_NIGHT, confusion_matrix, depth_sums, mean_iou, rmse
 from miniature.colours import COLORS, as_colours, principal_components, unit_features
+from plumbing.errors import InputError
+from readers.nuscenes import CLASSES, CONDITIONS
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.titlepad": 3, "image.interpolation": "nearest",
          "legend.frameon": False, "legend.handlelength": 1.2, "savefig.dpi": 300,

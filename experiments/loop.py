@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 import models
 import stage1
-import training
 from data import Frames, collate
-from index import load_index
-from run_folder import Log, Saver, check_finite, find_last
+from plumbing import training
+from plumbing.run_folder import Log, Saver, check_finite, find_last
+from readers.nuscenes import load_index
 
 
 def build(args, device, out_channels=None, labels=False):

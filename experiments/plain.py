@@ -34,7 +34,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import plane_sizes
 
-
 # ---- a padded batch -----------------------------------------------------------------------------
 
 def pad(feats, cells, neighbors, batch):

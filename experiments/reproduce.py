@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
 from demo import run as run_command
-from errors import InputError, one_line_errors
 from eval import not_comparable
 from plumbing.arguments import SEED, Distinct, Parser
 from plumbing.atomic import read_json, write_json, write_text
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import digest
 
 # In percent and metres: what a probe's own training can move (miniature/README.md)

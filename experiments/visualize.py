@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from matplotlib import rc_context
 
-import training
 from data import CLOUD, DEPTHS, Frames, collate
-from errors import InputError, one_line_errors
 from eval import are_own_frames, data_of, load_probe
 from experiments.figures import (MARKERS, STYLE, figure_pca, figure_probes, figure_similarity,
                                  figure_tsne)
-from index import CLASSES, CONDITIONS, load_index
 from models import ENCODERS, IMAGE_SIZE, load_image_encoder
+from plumbing import training
 from plumbing.arguments import COUNT, SEED, Distinct, Parser, real, whole
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import with_files
+from readers.nuscenes import CLASSES, CONDITIONS, load_index
 from waffleiron import load_waffleiron
 
 ENOUGH = 5  # how many points of a class a scan must have to be drawn for it

@@ -8,9 +8,9 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-import training
 from distill import DIRECTIONS, distillation_loss, sample_features
 from experiments.plain import pad, plain_item, plain_pixel_features, plain_waffleiron
+from plumbing import training
 from waffleiron import WaffleIron
 
 

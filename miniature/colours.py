@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 
-# Colours of index.CLASSES that can be told apart: nuScenes' own has five oranges
+# Colours of readers.nuscenes.CLASSES that can be told apart: nuScenes' own has five oranges
 COLORS = ListedColormap([f"#{rgb}" for rgb in (
     "000000 42d4f4 b39ddb ffe119 f58231 9a6324 f032e6 e6194b 000075 "
     "fabed4 800000 808080 bfef45 911eb4 aaffc3 c4ac78 2e9e44").split()])

@@ -19,12 +19,12 @@ from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Frames
-from errors import InputError, one_line_errors
 from eval import are_own_frames, data_of, load_probe
-from index import CLASSES, CONDITIONS, load_index
 from miniature.colours import COLORS, pca_colours
 from plumbing.arguments import Parser, whole
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import with_files
+from readers.nuscenes import CLASSES, CONDITIONS, load_index
 
 TITLES = ("image", "LiDAR points by class", "features before", "features after CD",
           "prediction before", "prediction after CD")

@@ -18,13 +18,13 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import training
-from plumbing.arguments import COUNT, POSITIVE, SEED, Parser, real
 from data import read_image
-from errors import InputError, one_line_errors
-from index import load_index
 from models import ENCODERS, ImageEncoder
+from plumbing import training
+from plumbing.arguments import COUNT, POSITIVE, SEED, Parser, real
 from plumbing.atomic import save
+from plumbing.errors import InputError, one_line_errors
+from readers.nuscenes import load_index
 from vit import Block, ViT
 
 

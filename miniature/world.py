@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a script
-from plumbing.arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
-from errors import InputError, one_line_errors  # noqa: E402
 from miniature import nuimages_tables, nuscenes_tables  # noqa: E402
 from miniature.scenes import CAMERAS, CONDITIONS  # noqa: E402
+from plumbing.arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
+from plumbing.errors import InputError, one_line_errors  # noqa: E402
 
 FORMAT = 1  # of the content: count up when the same arguments give other bytes
 LAYOUTS = {"nuscenes": nuscenes_tables, "nuimages": nuimages_tables}

@@ -6,7 +6,7 @@ names the flag.
 import argparse
 import math
 
-from errors import InputError
+from plumbing.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):

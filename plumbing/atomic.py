@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from errors import InputError
-from training import rank
+from plumbing.errors import InputError
+from plumbing.training import rank
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 

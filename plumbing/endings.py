@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from errors import line_of
+from plumbing.errors import line_of
 
 PATIENCE = 30  # seconds in which the main thread may notice by itself that a loading process died
 

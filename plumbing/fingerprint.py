@@ -9,7 +9,7 @@ Wherever two of them meet, `differences` compares them.
 """
 import hashlib
 
-from errors import InputError, say
+from plumbing.errors import InputError, say
 
 
 def digest(parts):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-from errors import FILES, MEMORY, InputError, say
+from plumbing.errors import FILES, MEMORY, InputError, say
 from readers.jpeg import stretches
 from readers.table import UNKNOWN
 
@@ -177,7 +177,7 @@ def wider_labels(size, count):
 
 
 def read_labels(path, coarse, count):
-    """Classes `[count]` (index into index.CLASSES, 0 ignored) of a lidarseg file."""
+    """Classes `[count]` (index into readers.nuscenes.CLASSES, 0 ignored) of a lidarseg file."""
     content = read_bytes(path)
     fine = np.frombuffer(content, np.uint8)
     if len(fine) != count:

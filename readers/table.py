@@ -16,25 +16,26 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import InputError
+from plumbing.errors import InputError
 from plumbing.fingerprint import digest
 
 FORMAT = 5  # of the cache: count up when what is stored changes
+PROJECT = Path(__file__).resolve().parent.parent
 UNKNOWN = 255  # class of a label that is of no category
 
 
 # ---- the cache ---------------------------------------------------------------------------------
 
-def cached(kind, root, tables, script, arguments, here, build, look):
+def cached(kind, root, tables, module, arguments, here, build, look):
     """The table of a dataset, {name: array}: the fields of the dataclass `kind` but for `root`.
 
     It comes from the cache while no JSON file in the folders `tables` has another size or date or,
     with `look`, another content. Else it is made anew: by `build()` if `here`, else by a process
-    `script --data ROOT *arguments`, which does the same. Raises InputError as these do, and where
+    `python -m MODULE --data ROOT *arguments`, which does the same. Raises InputError as these do, and where
     the cache cannot be written.
     """
     state = state_of(tables)
-    folder = cache_folder(cache_key(script, arguments, state))
+    folder = cache_folder(cache_key(module, arguments, state))
     names = {field.name for field in dataclasses.fields(kind)} - {"root"} | {"content"}
     for _ in range(2):
         # What the cache holds
@@ -53,7 +54,7 @@ def cached(kind, root, tables, script, arguments, here, build, look):
             fields["content"] = np.bytes_(content_of(tuple(tables), state))
             store_arrays(folder, fields)
         else:
-            build_elsewhere(script, root, arguments)
+            build_elsewhere(module, root, arguments)
     raise InputError(f"{folder}: the index cannot be kept there; mend that folder, or set "
                      "XDG_CACHE_HOME to another")
 
@@ -74,16 +75,20 @@ def content_of(tables, state):
     return digest(path.read_bytes() for folder in tables for path in sorted(folder.glob("*.json")))
 
 
-def cache_key(script, arguments, state):
-    """16 hexadecimal digits: another script, other arguments or another state have another key."""
-    parts = FORMAT, Path(script).name, arguments, state
+def cache_key(module, arguments, state):
+    """16 hexadecimal digits: another module, other arguments or another state have another key."""
+    parts = FORMAT, module, arguments, state
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def cache_folder(key):
     """The folder of one table in the user's cache."""
-    caches = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(caches, "collaborative-distillation", key)
+    return caches() / "collaborative-distillation" / key
+
+
+def caches():
+    """The folder of the user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
 
 
 def load_arrays(folder, names):
@@ -124,10 +129,11 @@ def store_arrays(folder, arrays):
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def build_elsewhere(script, root, arguments):
-    """Run `script --data ROOT *arguments`; it stores the table. Raises its errors as InputError."""
-    command = [sys.executable, script, "--data", str(root), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+def build_elsewhere(module, root, arguments):
+    """Run a reader as a script, which stores the table. Raises its errors as InputError."""
+    command = [sys.executable, "-m", module, "--data", str(root), *arguments]
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ | {"XDG_CACHE_HOME": str(caches())},
+                          capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         last = lines[-1] if lines else "killed, perhaps for memory"

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import read
-from errors import InputError
+from plumbing.errors import InputError
+from plumbing.weights import read
 
 
 def released(row, hub=None):

@@ -1,5 +1,5 @@
 """The names that WaffleIron, ScaLR and ScaLR+ have for the tensors of a WaffleIron."""
-from errors import InputError
+from plumbing.errors import InputError
 
 RELEASED = ("model_point", "model_points", "net")  # where released files hold the weights
 RENAMED = {  # {beginning of our name: of the published one}; other names are the same

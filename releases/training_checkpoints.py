@@ -1,8 +1,8 @@
 """The image encoder inside other people's training checkpoints, in the encoder's own names."""
 import re
 
-from checkpoints import strip, unwrapped
-from errors import InputError
+from plumbing.errors import InputError
+from plumbing.weights import strip, unwrapped
 
 HOLDERS = ("teacher", "student", "state_dict", "model")  # DINO, iBOT, DINOv2: the teacher first
 PREFIXES = ("model.", "teacher.", "student.", "encoder_q.", "backbone.", "pretrained.", "visual.")

@@ -39,8 +39,9 @@ def copy(world, tmp_path):
 @pytest.fixture(scope="session")
 def first(world, tmp_path_factory):
     """Folder of a stage 1 of two steps on `world`."""
-    import stage1
     from runs import stage1_args
+
+    import stage1
     out = tmp_path_factory.mktemp("runs") / "s1"
     stage1.main(stage1_args(world, out, "--steps", "2"))
     return out

@@ -3,14 +3,14 @@ import math
 
 import pytest
 import torch
+from runs import checkpoint_of, lines, stage1_args
 from torch import nn
 
 import stage1
-import training
 from data import Frames, collate
 from experiments import ablations
-from index import CONDITIONS, load_index
-from runs import checkpoint_of, lines, stage1_args
+from plumbing import training
+from readers.nuscenes import CONDITIONS, load_index
 from waffleiron import load_waffleiron
 
 

@@ -4,15 +4,15 @@ That is: which side learns, which head there is, and what stage 2 and the probes
 """
 import pytest
 import torch
+from runs import (checkpoint_of, fails_with_one_line, largest_difference, lines, probe_args,
+                  stage1_args, stage2_args)
 
 import probe
 import stage1
 import stage2
 from experiments import ablations
-from index import CONDITIONS
 from models import load_image_encoder
-from runs import (checkpoint_of, fails_with_one_line, largest_difference, lines, probe_args,
-                  stage1_args, stage2_args)
+from readers.nuscenes import CONDITIONS
 from waffleiron import WaffleIron, load_waffleiron
 
 

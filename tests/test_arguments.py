@@ -2,21 +2,20 @@
 import argparse
 
 import pytest
+from runs import fails_with_one_line
 
 import demo
 import eval as evaluation
 import export
-import index
-import nuimages_data
 import probe
 import stage1
 import stage2
-from errors import one_line_errors
 from experiments import ablations, bench, corruptions, reproduce, visualize
 from miniature import overview, pretrain, world
 from plumbing.arguments import Distinct, Parser, real, whole
-from runs import fails_with_one_line
-from training import Batches
+from plumbing.errors import one_line_errors
+from plumbing.training import Batches
+from readers import nuimages, nuscenes
 
 # {script: (function, the arguments that get through its parser)}; None: it reads sys.argv
 SCRIPTS = {
@@ -26,8 +25,8 @@ SCRIPTS = {
     "eval": (evaluation.main, "x"),
     "export": (export.parse, "x --out y"),
     "demo": (demo.main, None),
-    "index": (index.main, None),
-    "nuimages": (nuimages_data.main, None),
+    "nuscenes": (nuscenes.main, None),
+    "nuimages": (nuimages.main, None),
     "joint": (ablations.joint, ""),
     "2d-head": (ablations.head_2d, ""),
     "bench": (bench.parse, ""),

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-
 from conftest import ROOT
-from errors import InputError
-from plumbing.atomic import save
-from run_folder import find_last
 from test_run_folder import args_of
+
+from plumbing.atomic import save
+from plumbing.errors import InputError
+from plumbing.run_folder import find_last
 
 
 def test_the_checkpoint_before_is_kept(tmp_path):
@@ -61,11 +61,12 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
     path = tmp_path / "last.pth"
     save(path, {"step": 3, "args": vars(args)})
     program = f"""
-import resource, signal, torch, run_folder
-from errors import one_line_errors
+import resource, signal, torch
+from plumbing import atomic
+from plumbing.errors import one_line_errors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-one_line_errors(run_folder.save)({str(path)!r}, {{'step': 4, 'weights': torch.zeros(10**6)}})
+one_line_errors(atomic.save)({str(path)!r}, {{'step': 4, 'weights': torch.zeros(10**6)}})
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

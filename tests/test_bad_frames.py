@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import fails_with_one_line, lines, probe_args, stage1_args, stage2_args
+from test_checkpoints import Harmful
 
 import data
 import eval as evaluation
 import export
-import index
 import probe
 import stage1
 import stage2
 from data import CLOUD, Frames, collate
-from errors import InputError
 from experiments import ablations
-from run_folder import Log
-from runs import fails_with_one_line, lines, probe_args, stage1_args, stage2_args
-from test_checkpoints import Harmful
+from plumbing.errors import InputError
+from plumbing.run_folder import Log
+from readers import nuscenes
 from waffleiron import load_waffleiron
 
 BAD_FOR_THE_INDEX = ("cut scan", "empty scan", "empty image", "labels of another length",
@@ -77,7 +77,7 @@ def damage_pose(tables, scan, kind):
 def damage(root, kind):
     """Do one harm to the first training frame of a nuScenes root.
     Returns the name of the file that an error should name."""
-    found = index.load_index(root, here=True)
+    found = nuscenes.load_index(root, here=True)
     row = found.select("train")[0]
     scan = root / found.lidar[row].decode()
     image = root / found.image[row, 0].decode()
@@ -114,7 +114,7 @@ def damage(root, kind):
 def test_every_harm_is_named_or_skipped(copy, kind):
     name = damage(copy, kind)
     os.utime(copy / "v1.0-trainval/log.json")  # so that it is indexed anew
-    found = index.load_index(copy, here=True)
+    found = nuscenes.load_index(copy, here=True)
 
     # The index names it when its split is asked for, and only then.
     if kind in BAD_FOR_THE_INDEX:
@@ -142,14 +142,14 @@ def test_every_harm_is_named_or_skipped(copy, kind):
 
 
 def test_a_repaired_frame_is_good_again(copy, world):
-    found = index.load_index(copy, here=True)
+    found = nuscenes.load_index(copy, here=True)
     scan = copy / found.lidar[0].decode()
     content = scan.read_bytes()
     scan.write_bytes(content[:-7])
     os.utime(copy / "v1.0-trainval/log.json")  # so that it is indexed anew
-    assert (index.load_index(copy, here=True).bad != b"").sum() == 1
+    assert (nuscenes.load_index(copy, here=True).bad != b"").sum() == 1
     scan.write_bytes(content)
-    assert (index.load_index(copy, here=True).bad == b"").all()
+    assert (nuscenes.load_index(copy, here=True).bad == b"").all()
 
 
 def test_a_grey_image_is_an_image(tmp_path):
@@ -159,7 +159,7 @@ def test_a_grey_image_is_an_image(tmp_path):
 
 
 def test_all_bad_is_an_error_even_when_skipping(copy):
-    found = index.load_index(copy, here=True)
+    found = nuscenes.load_index(copy, here=True)
     for path in (copy / "samples/CAM_FRONT").iterdir():
         path.write_bytes(path.read_bytes()[:500])
     message = "8 items in a row cannot be read, the last: .*not a readable image"
@@ -219,7 +219,7 @@ def test_tables_cannot_name_files_outside_of_the_root(copy, path):
     rewrite(copy / "v1.0-trainval/sample_data.json", lambda rows: rows[0].update(filename=path))
     message = f"the tables name {path}, which is outside of this folder"
     with pytest.raises(InputError, match=message):
-        index.load_index(copy, here=True)
+        nuscenes.load_index(copy, here=True)
 
 
 def test_every_loader_refuses_code(world, tmp_path, capsys):
@@ -246,10 +246,10 @@ def test_every_loader_refuses_code(world, tmp_path, capsys):
 
 def test_the_index_cache_holds_no_pickle(world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    index.load_index(world, here=True)
+    nuscenes.load_index(world, here=True)
     file = next((tmp_path / "cache").rglob("scene.npy"))
     np.save(file, np.array([Harmful(tmp_path / "made")], object), allow_pickle=True)
-    index.load_index(world, here=True)  # made anew
+    nuscenes.load_index(world, here=True)  # made anew
     assert not (tmp_path / "made").exists() and os.path.isfile(file)
 
 

@@ -13,7 +13,7 @@ from distill import sample_features
 from experiments import bench
 from experiments.plain import pad, plain_item, plain_pixel_features
 from experiments.workloads import Case, both_forms, step_cases, waffleiron_cases
-from index import load_index
+from readers.nuscenes import load_index
 from waffleiron import GRIDS as PAPERS_GRIDS
 from waffleiron import WaffleIron
 

@@ -1,14 +1,13 @@
 """--checkpoint: layers computed again instead of kept give the same result from less memory."""
 import pytest
 import torch
+from runs import fails_with_one_line, largest_difference, lines, model_of, stage1_args, stage2_args
 
-import run_folder
 import stage1
 import stage2
 from experiments import ablations
 from models import load_image_encoder
-from runs import (fails_with_one_line, largest_difference, lines, model_of, stage1_args,
-                  stage2_args)
+from plumbing import run_folder
 from waffleiron import WaffleIron
 
 

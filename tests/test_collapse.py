@@ -2,10 +2,10 @@
 import json
 
 import pytest
+from runs import checkpoint_of, lines, model_of, stage1_args, stage2_args
 
 import stage1
 import stage2
-from runs import checkpoint_of, lines, model_of, stage1_args, stage2_args
 
 
 def test_nothing_is_saved_of_a_step_that_is_not_finite(world, tmp_path, capsys, monkeypatch):

@@ -7,18 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from runs import (checkpoint_of, fails_with_one_line, largest_difference, lines, model_of,
+                  probe_args, stage2_args)
 
 import eval as evaluation
 import probe
-import run_folder
 import stage2
 from data import Frames
-from errors import InputError
 from experiments import corruptions
 from experiments.corruptions import SCANS, CorruptedImages, CorruptedScans
-from index import load_index
-from runs import (checkpoint_of, fails_with_one_line, largest_difference, lines, model_of,
-                  probe_args, stage2_args)
+from plumbing import run_folder
+from plumbing.errors import InputError
+from readers.nuscenes import load_index
 
 SIZE = (80, 160)
 

@@ -5,7 +5,7 @@ import pytest
 from data import Frames
 from experiments import corruptions
 from experiments.corruptions import IMAGES, SCANS, SEVERITIES
-from index import load_index
+from readers.nuscenes import load_index
 
 
 def draws(seed=0):

@@ -5,12 +5,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from PIL import Image
 
 import data
-from conftest import SHARED
-from errors import InputError
-from index import CAMERAS, load_index
+from plumbing.errors import InputError
+from readers.nuscenes import CAMERAS, load_index
 
 
 def frames_of(root, **options):

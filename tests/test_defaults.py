@@ -1,10 +1,11 @@
 """The scripts' defaults are those of the table in docs/settings.md."""
 import re
 
+from conftest import ROOT
+
 import probe
 import stage1
 import stage2
-from conftest import ROOT
 
 # | `script` | `--flag` | paper | `default` |
 ROW = r"^\| `(stage1|stage2|probe --task [\w -]+)` \| `--([\w-]+)` \| (.+?) \| `(.+?)` \|"

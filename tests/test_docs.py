@@ -54,7 +54,7 @@ def commands():
 def test_the_commands_are_found():
     names = [argv[0] for _, argv in commands()]
     assert len(names) >= 30
-    assert {"pip", "demo", "index", "nuimages_data", "stage1", "stage2", "probe", "eval", "export",
+    assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "stage1", "stage2", "probe", "eval", "export",
             "miniature.world", "miniature.pretrain", "experiments.ablations", "experiments.bench",
             "experiments.corruptions", "experiments.reproduce",
             "experiments.visualize"} == set(names)

@@ -2,15 +2,15 @@
 release's own code."""
 import pytest
 import torch
+from conftest import ROOT
+from upstream import Upstream, released_file, released_shapes, released_state, write_hub
 
 import export
 import models
 import probe
 import stage2
-from conftest import ROOT
 from data import CLOUD, plane_sizes
 from models import ENCODERS, load_image_encoder
-from upstream import Upstream, released_file, released_shapes, released_state, write_hub
 from waffleiron import WaffleIron, to_released
 
 RELEASED = [name for name, row in ENCODERS.items() if row.source != "built-in"]

@@ -5,7 +5,7 @@ import torch
 
 import eval as evaluation
 import metrics
-from index import CLASSES
+from readers.nuscenes import CLASSES
 
 
 def test_confusion_and_iou_by_hand():

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
+from exported import as_map, normalised, run, write_stage2
 
 import export
-from exported import as_map, normalised, run, write_stage2
 from models import load_image_encoder
-
 
 # ---- plain --------------------------------------------------------------------------------------
 

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import checkpoints
-from data import CLOUD, Frames
-from experiments import bench
-from index import load_index
-from readers import files
-from readers.files import read_image, read_labels, read_scan
 from test_jpeg import SIZE, hole, jpeg, refusal
 
+from data import CLOUD, Frames
+from experiments import bench
+from plumbing.weights import read as read_weights
+from readers import files
+from readers.files import read_image, read_labels, read_scan
+from readers.nuscenes import load_index
 
 # ---- scans and labels --------------------------------------------------------------------------
 
@@ -125,7 +124,7 @@ def test_wider_labels_are_named(tmp_path, kind, words):
 # ---- other things than files of a dataset ------------------------------------------------------
 
 READERS = {"scan": read_scan, "labels": lambda path: read_labels(path, np.zeros(256, np.uint8), 7),
-           "image": lambda path: read_image(path, SIZE), "checkpoint": checkpoints.read}
+           "image": lambda path: read_image(path, SIZE), "checkpoint": read_weights}
 STRANGERS = {
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12345\n",
                   "a Git-LFS pointer? Get the file itself with `git lfs pull`"),
@@ -190,9 +189,9 @@ def test_a_hole_in_weights_is_found(tmp_path):
     whole = path.read_bytes()
     middle = whole.index(weights[2500:2600].numpy().tobytes())
     path.write_bytes(hole(whole, middle, 512))
-    assert "damaged: its record last/data/0 is not what" in refusal(checkpoints.read, path)
+    assert "damaged: its record last/data/0 is not what" in refusal(read_weights, path)
     path.write_bytes(whole)
-    assert torch.equal(checkpoints.read(tmp_path)["weights"], weights)
+    assert torch.equal(read_weights(tmp_path)["weights"], weights)
 
 
 def test_weights_without_checksums_are_read(tmp_path):
@@ -203,14 +202,14 @@ def test_weights_without_checksums_are_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     for name in ("old.pth", "new.pth"):
-        assert checkpoints.read(tmp_path / name).tolist() == [1, 1, 1]
+        assert read_weights(tmp_path / name).tolist() == [1, 1, 1]
 
 
 def test_safetensors_are_named(tmp_path):
     header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    assert "a safetensors file? Convert it once: torch.save(" in refusal(checkpoints.read, path)
+    assert "a safetensors file? Convert it once: torch.save(" in refusal(read_weights, path)
 
 
 # ---- what it costs -----------------------------------------------------------------------------

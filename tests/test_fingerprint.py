@@ -9,20 +9,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from runs import (RUN, SMALL, eval_args, fails_with_one_line, model_of, probe_args, stage1_args,
+                  stage2_args)
 
 import eval as evaluation
 import export
 import probe
 import stage1
 import stage2
-from conftest import ROOT
-from errors import InputError
-from index import load_index
 from models import load_image_encoder
+from plumbing.errors import InputError
 from plumbing.fingerprint import differences, digest, of_weights
-from runs import (RUN, SMALL, eval_args, fails_with_one_line, model_of, probe_args,
-                  stage1_args, stage2_args)
+from readers.nuscenes import load_index
 
 CPU = torch.device("cpu")
 ONE_STEP = ("--steps", "1")

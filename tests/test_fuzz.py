@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-import index
-from checkpoints import read
-from errors import InputError
+from plumbing.errors import InputError
+from plumbing.weights import read
+from readers import nuscenes
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -80,7 +80,7 @@ def test_any_scan(tmp_path, content):
 @given(content=st.binary(max_size=40), count=st.integers(0, 40))
 def test_any_labels(tmp_path, content, count):
     path = tmp_path / "labels.bin"
-    coarse = np.full(256, index.UNKNOWN, np.uint8)
+    coarse = np.full(256, nuscenes.UNKNOWN, np.uint8)
     coarse[:32] = np.arange(32) % 17
     path.write_bytes(content)
     classes = outcome(lambda: data.read_labels(path, coarse, count), path)
@@ -151,7 +151,7 @@ def test_any_table(copy, table):
     @given(content=bytes_or_damaged(valid))
     def check(content):
         path.write_bytes(content)
-        found = outcome(lambda: index.load_index(copy, here=True), copy)
+        found = outcome(lambda: nuscenes.load_index(copy, here=True), copy)
         assert found is None or len(found.scene) == len(found.lidar)
     check()
 
@@ -165,7 +165,7 @@ JSON = st.one_of(st.none(), st.integers(-2**40, 2**40), st.floats(), st.text(max
 def test_any_value_in_a_table(copy, table):
     path = copy / "v1.0-trainval" / f"{table}.json"
     valid = path.read_bytes()
-    intact = index.load_index(copy, here=True)
+    intact = nuscenes.load_index(copy, here=True)
     rows = json.loads(valid)
     fields = sorted(rows[0])
 
@@ -175,7 +175,7 @@ def test_any_value_in_a_table(copy, table):
         changed = json.loads(valid)
         changed[row][field] = value
         path.write_text(json.dumps(changed))
-        found = outcome(lambda: index.load_index(copy, here=True), copy)
+        found = outcome(lambda: nuscenes.load_index(copy, here=True), copy)
         # It is as it was but for the frames that are bad, or that the value is about.
         if found is not None:
             poses = found.cam_from_lidar
@@ -187,10 +187,10 @@ def test_any_value_in_a_table(copy, table):
 
 def test_a_damaged_cache_is_made_anew(world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    scenes = index.load_index(world, here=True).scene.tolist()
+    scenes = nuscenes.load_index(world, here=True).scene.tolist()
     for harm in (lambda file: file.write_bytes(b""), lambda file: file.unlink(),
                  lambda file: file.write_bytes(file.read_bytes()[:40])):
         harm(next((tmp_path / "cache").rglob("scene.npy")))
-        assert index.load_index(world, here=True).scene.tolist() == scenes
+        assert nuscenes.load_index(world, here=True).scene.tolist() == scenes
     caches = list((tmp_path / "cache/collaborative-distillation").iterdir())
     assert len(caches) == 1  # and no rest of it stays

@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-
 from exported import as_map, normalised, run, write_stage2
 
 

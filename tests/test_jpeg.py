@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import readers.jpeg
-from errors import InputError
+from plumbing.errors import InputError
 from readers import files
 from readers.files import TOO_FEW, read_image
 

@@ -17,16 +17,15 @@ from multiprocessing import connection, reduction
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import stage1_args
+from test_survival import DiesAt, children, step_of, wait_for
 
 import data
 import stage1
-import training
-from conftest import ROOT
-from errors import InputError, line_of, one_line_errors
-from plumbing import endings
-from run_folder import Saver
-from runs import stage1_args
-from test_survival import DiesAt, children, step_of, wait_for
+from plumbing import endings, training
+from plumbing.errors import InputError, line_of, one_line_errors
+from plumbing.run_folder import Saver
 
 CPU = torch.device("cpu")
 LIMIT = 60  # seconds in which a run must end, whatever happened

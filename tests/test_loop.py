@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import SPAWN, checkpoint_of, largest_difference, lines, stage1_args, stage2_args
 
-import run_folder
 import stage1
 import stage2
-from conftest import ROOT
 from experiments import ablations
-from runs import SPAWN, checkpoint_of, largest_difference, lines, stage1_args, stage2_args
+from plumbing import run_folder
 
 KINDS = {
     "no-stage1": [],

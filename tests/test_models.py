@@ -5,18 +5,17 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import eval_args, probe_args, stage1_args, stage2_args
 
 import eval as evaluation
 import probe
 import stage1
 import stage2
-from checkpoints import load_checkpoint
-from conftest import ROOT
-from errors import InputError
 from heads import Whitening, linear_head
 from models import ENCODERS, ImageEncoder, load_image_encoder
-from runs import eval_args, probe_args, stage1_args, stage2_args
-
+from plumbing.errors import InputError
+from plumbing.weights import load_checkpoint
 
 # ---- the table -----------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 import torch
-
 from exported import run, write_stage2
+
 from releases import onnx_graph
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import data
-import training
 from data import Frames, collate
 from distill import distillation_loss
-from index import load_index
+from plumbing import training
+from readers.nuscenes import load_index
 from waffleiron import WaffleIron
 
 

@@ -4,11 +4,11 @@ from urllib.error import URLError
 
 import pytest
 import torch
-
-from errors import InputError
-from models import load_image_encoder
 from test_encoders import shrink
 from upstream import Upstream, released_file, released_state, write_hub
+
+from models import load_image_encoder
+from plumbing.errors import InputError
 from vit import interpolate_positions
 
 

@@ -11,9 +11,9 @@ import pytest
 import probe
 import stage1
 import stage2
-from errors import InputError
 from experiments import reproduce
 from experiments.reproduce import CLAIMS, COMMANDS, TASKS, Claim, Number, World
+from plumbing.errors import InputError
 
 COLUMNS = ("full", "day-clear", "day-rain", "night")
 CORRUPTIONS = ("clean", "fog", "gaussian_noise", "motion_blur")

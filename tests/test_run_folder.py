@@ -8,10 +8,9 @@ import signal
 import pytest
 import torch
 
-import run_folder
-import training
-from errors import InputError
-from run_folder import Log, Saver, check_finite, find_last, save
+from plumbing import run_folder, training
+from plumbing.errors import InputError
+from plumbing.run_folder import Log, Saver, check_finite, find_last, save
 
 CPU = torch.device("cpu")
 

@@ -5,21 +5,21 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import (RUN, SPAWN, checkpoint_of, eval_args, fails_with_one_line, largest_difference,
+                  lines, model_of, probe_args, stage1_args, stage2_args)
 
 import eval as evaluation
 import probe
-import run_folder
 import stage1
 import stage2
-from conftest import ROOT
 from data import Frames, collate
-from index import load_index
 from metrics import confusion_matrix, mean_iou
 from miniature.world import make_world
 from models import load_image_encoder
+from plumbing import run_folder
 from readers.files import read_labels, read_scan
-from runs import (RUN, SPAWN, checkpoint_of, eval_args, fails_with_one_line, largest_difference,
-                  lines, model_of, probe_args, stage1_args, stage2_args)
+from readers.nuscenes import load_index
 
 CPU = torch.device("cpu")
 

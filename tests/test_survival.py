@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from runs import SPAWN, checkpoint_of, largest_difference, lines, model_of, stage1_args, stage2_args
 
 import data
-import run_folder
 import stage1
 import stage2
-from conftest import ROOT
-from runs import (SPAWN, checkpoint_of, largest_difference, lines, model_of, stage1_args,
-                  stage2_args)
+from plumbing import run_folder
 
 SCRIPTS = {"stage1": stage1, "stage2": stage2}
 # A checkpoint after each step, so that many a kill meets one.

@@ -4,10 +4,9 @@ import argparse
 import pytest
 import torch
 
-import training
-from errors import InputError, one_line_errors
-from training import Batches
-
+from plumbing import training
+from plumbing.errors import InputError, one_line_errors
+from plumbing.training import Batches
 
 # ---- schedule and batches -----------------------------------------------------------------------
 
@@ -89,7 +88,7 @@ def test_input_errors_are_one_line_and_exit_code_2(capsys):
         raise error
     with pytest.raises(SystemExit) as exit_:
         main(InputError("Caught InputError in worker.\nTraceback ...\n"
-                        "errors.InputError: the file x is cut short"))
+                        "plumbing.errors.InputError: the file x is cut short"))
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.endswith("error: the file x is cut short\n")

@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import fails_with_one_line, probe_args
 
 import eval as evaluation
 import probe
 from data import DEPTHS
-from errors import InputError
 from eval import load_probe
 from experiments import figures, visualize
-from index import CLASSES, CONDITIONS, load_index
 from models import load_image_encoder
-from runs import fails_with_one_line, probe_args
+from plumbing.errors import InputError
+from readers.nuscenes import CLASSES, CONDITIONS, load_index
 from vit import ViT
 from waffleiron import load_waffleiron
 

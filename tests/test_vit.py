@@ -1,8 +1,8 @@
 """The vision transformer against published code: DINOv2's and CLIP's outputs, and timm's DINO."""
 import pytest
 import torch
-
 from conftest import ROOT
+
 from releases.clip import clip_name
 from vit import RotaryPositions, ViT, interpolate_positions, rotate
 

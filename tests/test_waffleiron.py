@@ -4,12 +4,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from conftest import ROOT, SHARED
-from waffleiron import BatchNorm, WaffleIron, from_released, plan_window, published
+from torch.utils._python_dispatch import TorchDispatchMode
 from waffleirons import seed  # noqa: F401 (a fixture)
 from waffleirons import GRIDS, SMALL, load_golden, random_cloud
+
+from waffleiron import BatchNorm, WaffleIron, from_released, plan_window, published
 
 GOLDEN = [ROOT / "tests/golden/portable_layernorm.pt", ROOT / "tests/golden/portable_batchnorm.pt",
           SHARED / "golden/waffleiron_layernorm.pt", SHARED / "golden/waffleiron_batchnorm.pt"]

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import ROOT, SHARED
-from errors import InputError
-from waffleiron import WaffleIron, from_released, load_waffleiron, to_released
 from waffleirons import seed  # noqa: F401 (a fixture)
 from waffleirons import (GRIDS, SMALL, by_hand, load_golden, random_cloud, released_shapes,
                          released_weights, same_values, shapes_of)
 
+from plumbing.errors import InputError
+from waffleiron import WaffleIron, from_released, load_waffleiron, to_released
 
 # ---- released weights ----------------------------------------------------------------------------
 

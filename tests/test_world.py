@@ -11,9 +11,9 @@ from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
 from nuscenes.utils import splits
 from PIL import Image
 
-from errors import InputError
 from miniature.scenes import CONDITIONS, picture, plan_scene, sweep
 from miniature.world import make_world
+from plumbing.errors import InputError
 
 TINY = dict(train=(2, 1, 1), val=1, image_size=(40, 80), beams=16, azimuths=60, workers=1)
 OPTIONS = dict(seed=3, frames=1, image_size=(80, 160), beams=32, azimuths=180, lidar_fov=100.,

@@ -57,7 +57,7 @@ def line_of(error):
     """
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, InputError):
-        return f"{sys.argv[0]}: error: {lines[-1].removeprefix('errors.InputError: ')}"
+        return f"{sys.argv[0]}: error: {lines[-1].removeprefix('plumbing.errors.InputError: ')}"
     from_worker = lines[0].startswith("Caught ")
     message = lines[-1] if from_worker else lines[0]
     for pattern, advice in FAULTS:

@@ -11,10 +11,10 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 import eval as evaluation
-import nuimages_data
 import probe
-from errors import InputError
-from nuimages_data import CLASSES, LabelledImages, load_nuimages
+from plumbing.errors import InputError
+from readers import nuimages
+from readers.nuimages import CLASSES, LabelledImages, load_nuimages
 
 SIZE = (90, 160)
 CAR = CLASSES.index("car")
@@ -205,8 +205,8 @@ def test_the_devkit_draws_the_same_masks(miniature):
 
 
 def test_miniature_masks_are_what_the_renderer_hit(miniature):
-    from miniature.street import CATEGORIES
     from miniature.scenes import picture, plan_scene
+    from miniature.street import CATEGORIES
     from miniature.world import list_jobs
     options = json.loads((miniature / "world.json").read_text())
     found = load_nuimages(miniature)
@@ -239,7 +239,7 @@ def test_probe_and_table(miniature, tmp_path, extra, capsys):
 
 
 def test_the_miniature_is_not_taken_for_nuscenes_nor_the_other_way(miniature, world, tmp_path):
-    from index import load_index
+    from readers.nuscenes import load_index
     message = "no --version v1.0-trainval; there is v1.0-train, v1.0-val"
     with pytest.raises(InputError, match=message):
         load_index(miniature)
@@ -253,7 +253,7 @@ def test_the_miniature_is_not_taken_for_nuscenes_nor_the_other_way(miniature, wo
 @pytest.mark.slow
 def test_the_index_is_built_by_another_process(miniature, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(nuimages_data, "_read_tables", None)  # not here
+    monkeypatch.setattr(nuimages, "_read_tables", None)  # not here
     assert len(load_nuimages(miniature).image) == 32
 
 
@@ -265,10 +265,10 @@ def test_runs_cover_what_they_cover():
         for shape in ((1, 1), (7, 5), (90, 160), (900, 1600)):
             mask = np.asfortranarray(rng.random(shape) < density, np.uint8)
             runs = np.frombuffer(run_lengths.encode(mask)["counts"], np.uint8)
-            assert nuimages_data.covered(runs) == mask.size
+            assert nuimages.covered(runs) == mask.size
             if len(runs) > 1:
-                assert nuimages_data.covered(runs[:-1]) != mask.size
-    assert nuimages_data.covered(np.zeros(0, np.uint8)) == -1
+                assert nuimages.covered(runs[:-1]) != mask.size
+    assert nuimages.covered(np.zeros(0, np.uint8)) == -1
 
 
 @settings(max_examples=200, deadline=None, derandomize=True,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import InputError, say
+from plumbing.errors import InputError, say
 from readers.files import WAYS_OUT, looks_like, unreadable
 
 NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # makes a number of a type and bytes
@@ -58,7 +58,7 @@ def read(path):
     except Exception as error:  # a damaged file can raise nearly anything
         message = str(error)
         if isinstance(error, MemoryError) or "t allocate memory" in message:
-            raise  # a fault of the machine, which errors.py knows
+            raise  # a fault of the machine, which plumbing/errors.py knows
         if getattr(error, "errno", None) in WAYS_OUT:
             raise unreadable(path, error, "give the path of one that is there") from None
     raise InputError(f"{path}: {_why_refused(path, message, beginning)}")

@@ -1,6 +1,6 @@
 """What every script needs and no paper mentions: processes, schedules, batches in order.
 
-Checkpoints and logs are in run_folder.py. There is no hidden state: learning rates, the order of
+Checkpoints and logs are in plumbing/run_folder.py. There is no hidden state: learning rates, the order of
 the data and every random draw are functions of (seed, step). So a checkpoint needs no random state,
 and a resumed run is the run that never stopped (on a GPU up to its order of summation).
 """
@@ -13,9 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import InputError
 from plumbing.arguments import COUNT, RATE, SEED, WORKERS
 from plumbing.endings import Loader, allow_open_files, obey_second_signal
+from plumbing.errors import InputError
 
 
 def add_arguments(parser, out_required=True):

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoints import read
-from errors import InputError, say
 from plumbing.atomic import save, write_json, write_text
 from plumbing.endings import obey_second_signal
+from plumbing.errors import InputError, say
 from plumbing.fingerprint import differences
-from training import rank, sum_over_processes, world
+from plumbing.training import rank, sum_over_processes, world
+from plumbing.weights import read
 
 # Arguments that may differ when a run is resumed
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart",

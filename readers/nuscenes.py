@@ -1,6 +1,6 @@
 """Which frames nuScenes has: its tables, read once through nuscenes-devkit and kept in a cache.
 
-    python index.py --data /data/nuscenes       # build the index, look at every file, print counts
+    python -m readers.nuscenes --data /data/nuscenes    # look at every file, print counts
 """
 import dataclasses
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import InputError, one_line_errors
 from plumbing.arguments import Parser
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import digest
 from readers.table import (UNKNOWN, all_there, as_bytes, cached, check_files, damage_named, ends_of,
                            spread)
@@ -71,8 +71,8 @@ class Index:
         rows = spread(rows, limit)
         if len(rows) == 0:
             raise InputError(f"--data {self.root}: no frame of split '{split}' under "
-                             f"{', '.join(conditions)}; `python index.py --data {self.root}` "
-                             "prints what is there")
+                             f"{', '.join(conditions)}; `python -m readers.nuscenes --data "
+                             f"{self.root}` prints what is there")
 
         bad = self.bad[rows]
         bad = bad[bad != b""]
@@ -170,7 +170,7 @@ def load_index(root, version="v1.0-trainval", here=False, look=True):
             raise InputError(f"--data {root}: no --version {version}; there is {', '.join(there)}")
         raise InputError(f"--data {root}: not a nuScenes root (no folder v1.0-*); download "
                          "nuScenes, or make the miniature world with demo.py")
-    fields = cached(Index, root, [root / version], __file__, ["--version", version], here,
+    fields = cached(Index, root, [root / version], "readers.nuscenes", ["--version", version], here,
                     lambda: _read_tables(str(root), version), look is not False)
     cameras = [name.decode() for name in fields.pop("cameras")]
     index = Index(root=str(root), cameras=cameras, **fields)

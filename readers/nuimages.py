@@ -1,8 +1,8 @@
 """nuImages: labelled images of six cameras, and the class of each pixel, from its own tables.
 
-    python nuimages_data.py --data /data/nuimages   # build the index, look at every file, count
+    python -m readers.nuimages --data /data/nuimages    # look at every file, print counts
 
-nuscenes-devkit reads the tables. Its package is called nuimages, so this file is not.
+nuscenes-devkit reads the tables.
 """
 import base64
 import dataclasses
@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from data import next_good, read_image
-from errors import InputError, one_line_errors
-from index import CLASSES as NUSCENES_CLASSES
 from plumbing.arguments import Parser
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import digest
+from readers.nuscenes import CLASSES as NUSCENES_CLASSES
 from readers.table import all_there, as_bytes, cached, check_files, damage_named, spread
 
 SPLITS = ("train", "val")
@@ -172,7 +172,7 @@ def load_nuimages(root, version=None, here=False, look=True):
     """The `ImageIndex` of a nuImages root with v1.0-train, v1.0-val or both.
 
     `version` has no meaning: the versions are the splits. For `here` and `look` see
-    `index.load_index`. Raises InputError for a wrong root and for images that are not there.
+    `readers.nuscenes.load_index`. Raises InputError for a wrong root and for images that are not there.
     """
     root = Path(root).resolve()
     tables = [root / f"v1.0-{split}" for split in SPLITS]
@@ -183,7 +183,7 @@ def load_nuimages(root, version=None, here=False, look=True):
         raise InputError(f"--data {root}: not a nuImages root: no v1.0-train or v1.0-val with an "
                          f"object_ann.json{there}; download nuImages, or make a miniature one with "
                          "miniature/world.py --dataset nuimages")
-    fields = cached(ImageIndex, root, tables, __file__, [], here,
+    fields = cached(ImageIndex, root, tables, "readers.nuimages", [], here,
                     lambda: _read_tables(root, tables), look is not False)
     if look:
         images = all_there(root, fields["image"])

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import check_fit, load_checkpoint, read, strip
-from errors import InputError
-
+from plumbing.errors import InputError
+from plumbing.weights import check_fit, load_checkpoint, read, strip
 
 # ---- reading ------------------------------------------------------------------------------------
 

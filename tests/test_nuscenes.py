@@ -8,19 +8,19 @@ import shutil
 import numpy as np
 import pytest
 
-import index
 import readers.table
 from data import Frames
-from errors import InputError
+from plumbing.errors import InputError
+from readers import nuscenes
 
 
 def counts(found, split):
     """{condition: number of frames} of a split."""
-    return {name: len(found.select(split, [name])) for name in index.CONDITIONS}
+    return {name: len(found.select(split, [name])) for name in nuscenes.CONDITIONS}
 
 
 def test_index_of_the_world(world):
-    found = index.load_index(world)
+    found = nuscenes.load_index(world)
     assert counts(found, "train") == {"day-clear": 4, "day-rain": 2, "night": 2}
     assert counts(found, "val") == {"day-clear": 2, "day-rain": 2, "night": 2}
     assert "day-rain" in found.summary() and "lidarseg: yes" in found.summary()
@@ -33,12 +33,12 @@ def test_one_percent_are_the_100th_200th_and_so_on_scene_of_the_table():
     from nuscenes.utils.splits import create_splits_scenes
     train = create_splits_scenes()["train"][::-1]  # the table's order need not be that of names
     scenes = np.array([*np.repeat(train, 3), "scene-0003"], np.bytes_)
-    fields = {field.name: None for field in dataclasses.fields(index.Index)}
+    fields = {field.name: None for field in dataclasses.fields(nuscenes.Index)}
     fields["scene"] = scenes
     fields["split"] = np.array([b"train"] * 2100 + [b"val"])
     fields["condition"] = np.arange(2101) % 3
     fields["bad"] = np.zeros(2101, "S1")
-    found = index.Index(**fields)
+    found = nuscenes.Index(**fields)
 
     rows = found.select("train", percent=1)
     assert len(rows) == 21
@@ -62,7 +62,7 @@ OTHERWISE = {"Wait for train, peds": "day-rain", "Hilly terrain": "day-rain",
     ("day-clear", ["Turn left", "Difficult lighting", "", *OTHERWISE])])
 def test_only_words_that_begin_with_rain_or_night_count(condition, descriptions):
     for text in descriptions:
-        assert index.CONDITIONS[index.condition_of(text)] == condition, text
+        assert nuscenes.CONDITIONS[nuscenes.condition_of(text)] == condition, text
 
 
 def test_the_index_prints_scenes_whose_condition_the_published_rule_reads_otherwise(
@@ -72,17 +72,17 @@ def test_the_index_prints_scenes_whose_condition_the_published_rule_reads_otherw
     for scene, text in zip(scenes, [*OTHERWISE, "Rain, 学校"]):
         scene["description"] = text
     table.write_text(json.dumps(scenes))
-    monkeypatch.setattr("sys.argv", ["index.py", "--data", str(copy)])
-    index.main()
+    monkeypatch.setattr("sys.argv", ["nuscenes.py", "--data", str(copy)])
+    nuscenes.main()
     printed = capsys.readouterr().out
     for scene, (text, published) in zip(scenes, OTHERWISE.items()):
         line = f'  {scene["name"]}, "{text}": day-clear here, {published} by md4all\'s rule'
         assert line in printed
     assert printed.count("md4all") == 4
-    assert "md4all" not in index.load_index(world).summary()
-    found = index.load_index(copy)
+    assert "md4all" not in nuscenes.load_index(world).summary()
+    found = nuscenes.load_index(copy)
     rainy = found.scene == scenes[4]["name"].encode()
-    assert (found.condition[rainy] == index.CONDITIONS.index("day-rain")).all()
+    assert (found.condition[rainy] == nuscenes.CONDITIONS.index("day-rain")).all()
 
 
 def test_names_in_any_language(tmp_path, world):
@@ -92,7 +92,7 @@ def test_names_in_any_language(tmp_path, world):
     table.write_text(table.read_text().replace("CAM_FRONT/", "前相机/"), "utf-8")
     scenes = root / "v1.0-trainval/scene.json"
     scenes.write_text(scenes.read_text().replace("scene-0001", "площадь"), "utf-8")
-    found = index.load_index(root, here=True)
+    found = nuscenes.load_index(root, here=True)
     assert found.image[0, 0].decode().startswith("samples/前相机/")
     assert "площадь" in np.char.decode(found.scene)
     frames = Frames(found, found.select("train"), image_size=(80, 160))
@@ -103,23 +103,23 @@ def test_names_in_any_language(tmp_path, world):
 
 def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(
         copy, monkeypatch, capsys):
-    index.load_index(copy, here=True)  # the cache is warm
+    nuscenes.load_index(copy, here=True)  # the cache is warm
     image = next((copy / "samples/CAM_FRONT").iterdir())
     scan = next((copy / "samples/LIDAR_TOP").iterdir())
-    monkeypatch.setattr("sys.argv", ["index.py", "--data", str(copy)])
+    monkeypatch.setattr("sys.argv", ["nuscenes.py", "--data", str(copy)])
 
     # A damaged file and a missing one
     scan.write_bytes(scan.read_bytes()[:1001])
-    index.main()
+    nuscenes.main()
     wrong = f"bad: {scan.relative_to(copy)} has 1001 bytes, not 20 a point"
     assert wrong in capsys.readouterr().out
     content = image.read_bytes()
     image.unlink()
     with pytest.raises(SystemExit):
-        index.main()
+        nuscenes.main()
     image.write_bytes(content)
     assert f"the first is {image.relative_to(copy)}" in capsys.readouterr().err
-    assert (index.load_index(copy, look=False).bad == b"").all()
+    assert (nuscenes.load_index(copy, look=False).bad == b"").all()
 
     # A table of another content, of the same size and date
     table = copy / "v1.0-trainval/scene.json"
@@ -127,15 +127,15 @@ def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(
     table.write_text(table.read_text().replace("Night", "Light"))
     os.utime(table, ns=(date, date))
     readers.table.content_of.cache_clear()  # another process
-    nights = [(index.load_index(copy, here=True, look=look).condition == 2).sum()
+    nights = [(nuscenes.load_index(copy, here=True, look=look).condition == 2).sum()
               for look in (False, None)]
     assert nights[0] > 0 == nights[1]
 
 
 def test_second_start_reads_the_cache_alone(world, monkeypatch):
-    first = index.load_index(world)
+    first = nuscenes.load_index(world)
     monkeypatch.setattr(readers.table, "build_elsewhere", None)
-    second = index.load_index(world)
+    second = nuscenes.load_index(world)
     np.testing.assert_array_equal(first.cam_from_lidar, second.cam_from_lidar)
     assert first.image.tolist() == second.image.tolist()
 
@@ -145,7 +145,7 @@ def test_the_index_is_built_by_another_process_with_the_same_errors(world, copy)
     scan = sorted((copy / "samples" / "LIDAR_TOP").iterdir())[0]
     content = scan.read_bytes()
     scan.write_bytes(content[:-7])
-    found = index.load_index(copy)
+    found = nuscenes.load_index(copy)
     (reason,) = found.bad[found.lidar == str(scan.relative_to(copy)).encode()]
     assert b"not 20 a point" in reason
 
@@ -154,17 +154,17 @@ def test_the_index_is_built_by_another_process_with_the_same_errors(world, copy)
     table.write_text("[")
     message = f"--data {copy}: nuscenes-devkit cannot read v1.0-trainval .JSONDecodeError"
     with pytest.raises(InputError, match=message):
-        index.load_index(copy)
+        nuscenes.load_index(copy)
     table.write_text(poses)
     scan.write_bytes(content)
-    assert (index.load_index(copy).condition == index.load_index(world).condition).all()
+    assert (nuscenes.load_index(copy).condition == nuscenes.load_index(world).condition).all()
 
 
 def test_a_cache_that_cannot_be_written_is_named(world, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"the index cannot be kept there \(.*\); mend that"):
-        index.load_index(world, here=True)
+        nuscenes.load_index(world, here=True)
 
 
 def test_a_full_disk_leaves_no_half_a_cache(tmp_path, monkeypatch):
@@ -180,9 +180,9 @@ def test_a_full_disk_leaves_no_half_a_cache(tmp_path, monkeypatch):
 
 def test_wrong_roots_are_named(tmp_path, world):
     with pytest.raises(InputError, match="not a nuScenes root"):
-        index.load_index(tmp_path)
+        nuscenes.load_index(tmp_path)
     with pytest.raises(InputError, match="no --version v1.0-mini; there is v1.0-trainval"):
-        index.load_index(world, "v1.0-mini")
+        nuscenes.load_index(world, "v1.0-mini")
 
 
 @pytest.mark.parametrize("kind, message", [
@@ -204,7 +204,7 @@ def test_what_lies_beside_the_tables_is_not_blamed_on_them(copy, kind, message):
     else:
         (copy / "v1.0-trainval/sample.json").write_text("[{}]")
     with pytest.raises(InputError, match=message):
-        index.load_index(copy, here=True)
+        nuscenes.load_index(copy, here=True)
 
 
 def labels_of(root, scan):
@@ -238,6 +238,6 @@ def test_damaged_files_are_found_at_the_start(copy, damage, message):
     else:
         labels.write_bytes(2 * labels.read_bytes())
     with pytest.raises(InputError, match=message):
-        found = index.load_index(copy, here=True)
+        found = nuscenes.load_index(copy, here=True)
         for split in ("train", "val"):
             found.select(split)
