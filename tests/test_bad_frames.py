@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import fails_with_one_line, lines, probe_args, stage1_args, stage2_args
-from test_checkpoints import Harmful
+from test_weights import Harmful
 
 import data
 import eval as evaluation
