@@ -1,29 +1,55 @@
-"""A driving frame: LiDAR-to-pixel projection, augmentation, the 3D encoder's inputs, batches.
+"""A view of a driving frame: LiDAR-to-pixel projection, augmentation, items, ragged batches.
 
 Everything here is NumPy on the CPU, one frame and one camera at a time; `collate` makes the batch
 of tensors. Pixels are (row, col) of the *resized* image and may be fractional. Distances are
-metres. Clouds are points-first.
+metres. Clouds are points-first. What a dataset is, readers/ says; what a 3D encoder makes of a
+cloud, its own `prepare` says.
 """
-import os
-
 import numpy as np
 import torch
+from PIL import Image
 from scipy.spatial import cKDTree
 
 from plumbing.errors import InputError
-from readers.files import read_image, read_labels, read_scan
+from readers.files import read_image
+from readers.table import spread
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
 
-# How a LiDAR scan becomes the 3D encoder's input (ScaLR, supplement B.2, and its configuration)
-CLOUD = {
-    "fov": (64.0, 64.0, 8.0),  # half extents along x, y, z [m]
-    "cell": 0.5,               # side of the planes' cells [m]
-    "voxel": 0.1,              # side of the voxels of which one point is kept [m]
-    "max_points": 20000,       # at most so many points: the ones nearest to a random one
-    "neighbors": 16,           # of a point, in the embedding
-    "intensity": (18.742355, 22.04632),  # mean and standard deviation on nuScenes
-}
+
+# ---- several datasets ----------------------------------------------------------------------------
+
+def select(tables, split, conditions=None, limit=None, percent=100, skip_bad=False):
+    """The frames of a split in each of these tables: at most `limit` in all, evenly spread.
+
+    Other arguments, and errors: see `FrameTable.select`.
+    """
+    chosen = [table.select(split, conditions, percent, skip_bad) for table in tables]
+    starts = np.cumsum([0, *map(len, chosen)])
+    kept = spread(np.arange(starts[-1]), limit)
+    tables = []
+    for table, start, end in zip(chosen, starts, starts[1:]):
+        of_table = kept[(kept >= start) & (kept < end)]
+        tables.append(table.only(table.rows[of_table - start]))
+    return [table for table in tables if len(table)]
+
+
+def set_sampling(tables, stored=None, task=None):
+    """Set how the scans of these tables become points. Returns {dataset: sampling}.
+
+    It is what a checkpoint says, `stored` {dataset: sampling}, else the dataset's SAMPLING; its
+    entry for the task, "probe" or "finetune", replaces values. Raises InputError for a dataset
+    without scans.
+    """
+    known = {}
+    for table in tables:
+        if not table.sampling:
+            raise InputError(f"--data {table.root}: {table.name} has no LiDAR scans")
+        sampling = dict((stored or {}).get(table.name, table.sampling))
+        of_task = {name: sampling.pop(name, {}) for name in ("probe", "finetune")}
+        table.sampling = sampling | of_task.get(task, {})
+        known[table.name] = table.sampling
+    return known
 
 
 # ---- what a camera sees --------------------------------------------------------------------------
@@ -56,7 +82,7 @@ def nearest_per_pixel(pixels, depths):
     return np.sort(order[first])
 
 
-# ---- what the 3D encoder gets --------------------------------------------------------------------
+# ---- points --------------------------------------------------------------------------------------
 
 def rotate_and_flip(xyz, rng):
     """ScaLR's augmentation (Sec. 4.2) of points [N, 3].
@@ -70,11 +96,6 @@ def rotate_and_flip(xyz, rng):
     if flip < 2:
         matrix[:, flip] *= -1
     return (xyz @ matrix).astype(xyz.dtype)
-
-
-def inside_fov(xyz, fov):
-    """Mask of the points inside the open box of half extents `fov`, with 1e-4 m to spare."""
-    return (np.abs(xyz) < np.asarray(fov) - 1e-4).all(1)
 
 
 def one_per_voxel(xyz, voxel, rng=None):
@@ -92,42 +113,6 @@ def nearest_to(xyz, center, count):
     return np.sort(np.argpartition(squares, count - 1)[:count])
 
 
-def plane_sizes(fov, cell):
-    """Cells (H, W) of the planes z, y, x: x-y, x-z and y-z of the box of half extents `fov`."""
-    x, y, z = (round(2 * side / cell) for side in fov)
-    return (x, y), (x, z), (y, z)
-
-
-def plane_cells(xyz, fov, cell):
-    """Flat cell numbers row * W + col of points [N, 3] on the planes z, y, x: int64 [3, N]."""
-    x, y, z = np.floor((xyz + np.asarray(fov)) / cell).astype(np.int64).T
-    (_, width_xy), (_, width_z), _ = plane_sizes(fov, cell)
-    return np.stack([x * width_xy + y, x * width_z + z, y * width_z + z])
-
-
-def nearest_neighbors(xyz, count):
-    """The `count` nearest other points of each point: int64 [N, count].
-
-    Small clouds repeat the ones that they have; a single point is its own neighbour.
-    """
-    available = min(count, len(xyz) - 1)
-    if available < 1:
-        return np.zeros((len(xyz), count), np.int64)
-    # The first found is the point itself. Only where two share a place it may be the other one,
-    # and then the point itself is among the others: there the first takes its place.
-    ranks = [1, *(np.arange(count) % available + 2)]
-    found = cKDTree(xyz).query(xyz, k=ranks)[1]  # [N, 1 + count]
-    first, others = found[:, :1], found[:, 1:]
-    itself = np.arange(len(xyz))[:, None]
-    return np.where(others == itself, first, others)
-
-
-def point_features(xyz, intensity, mean, std):
-    """[N, 5]: standardised intensity, x, y, z, radius (ScaLR, supplement B.2)."""
-    radius = np.linalg.norm(xyz, axis=1)
-    return np.column_stack([(intensity - mean) / std, xyz, radius]).astype(np.float32)
-
-
 # ---- items ---------------------------------------------------------------------------------------
 
 def take(points, rows):
@@ -136,80 +121,88 @@ def take(points, rows):
 
 
 class Frames(torch.utils.data.Dataset):
-    """Views of the frames `rows` of an `Index`; `frames[epoch, number]` is one view.
+    """Views of the frames of one or several `FrameTable`s; `frames[epoch, number]` is one view.
 
     Args:
         cameras: "random" (one of a frame's, drawn anew each epoch), "all" (an item for each), a
             channel name, or "scan": the whole LiDAR scan, without image and pixels.
         image_size: (H, W) that images are resized to. None: no image.
-        cloud: as `CLOUD`, for the 3D encoder's inputs. None: all visible points, no inputs.
-        training: keep a random point of each voxel; False: the first. augment: rotate and flip.
-        labels: read lidarseg. max_depth: keep the nearest point of a pixel, up to so many metres.
-        every_point: with "scan", labels of all points, and `nearest` of those that the 3D encoder
-            gets, which are not limited in number.
+        prepare: a 3D encoder's, (xyz, intensity, rng, sampling) -> (rows, inputs). None: no 3D
+            encoder.
+        target: "labels"; "depths": of the nearest point of each pixel, up to DEPTHS; or None.
+        points: which of a scan's points the 3D encoder gets: "random", one of each voxel;
+            "augmented", the same of a cloud that is rotated and flipped; "first" of each voxel;
+            "every": as "first", but not limited in number, and the item has the labels of all
+            points, and `nearest`, of those that the 3D encoder gets.
         skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has
             its number and why.
 
-    An item is a dict: condition (index into CONDITIONS); image uint8 [3, H, W]; pixels [N, 2] (row,
-    col) in the resized image; depths [N] metres; labels [N]; with a cloud also feats [N, 5],
-    cells [3, N], neighbors [N, K]; with every_point labels [A] and nearest [A] of all A points.
+    An item is a dict: condition (index into `conditions`, -1 where the dataset states none);
+    image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized image; depths [N] metres; labels
+    [N]; inputs, what the 3D encoder eats: {name: [N, ...]}; nearest [A] of all A points. With
+    neither target nor 3D encoder there is only the image, and no scan is read.
     All randomness of an item is a function of (seed, epoch, number), whatever the process or batch
-    that it falls into. Subclasses may change what a sensor gives: `scan`, `image`.
+    that it falls into.
     """
 
-    def __init__(self, index, rows, cameras="all", image_size=None, cloud=None, training=False,
-                 augment=False, labels=False, max_depth=None, every_point=False, skip_bad=False,
-                 seed=0):
-        if cameras not in ("random", "all", "scan", *index.cameras):
-            known = ", ".join(index.cameras)
-            raise InputError(f"--cameras {cameras}: choose random, all, scan, or one of {known}")
-        unlabelled = np.count_nonzero(index.lidarseg[rows] == b"")
-        if labels and unlabelled:
-            raise InputError(f"--data {index.root}: {unlabelled} of {len(rows)} frames have no "
-                             "lidarseg labels; extract it")
-        self.index = index
-        self.rows = rows
+    def __init__(self, tables, cameras="all", image_size=None, prepare=None, target=None,
+                 points="first", skip_bad=False, seed=0):
+        for table in tables:
+            check_cameras(table, cameras)
+            if target == "labels":
+                check_labelled(table)
+        self.tables = tables
         self.cameras = cameras
         self.image_size = image_size
-        self.cloud = cloud
-        self.training = training
-        self.augment = augment
-        self.labels = labels
-        self.max_depth = max_depth
-        self.every_point = every_point
+        self.prepare = prepare
+        self.target = target
+        self.points = points
         self.skip_bad = skip_bad
         self.seed = seed
+        of_tables = [name for table in tables for name in table.conditions]
+        self.conditions = tuple(dict.fromkeys(of_tables))
+        # Numbers of the first item and of the first frame of each table, and what comes after
+        views = [self.views(table) for table in tables]
+        self.first_item = np.cumsum([0, *(len(t) * n for t, n in zip(tables, views))])
+        self.first_frame = np.cumsum([0, *(len(table["split"]) for table in tables)])
+
+    def views(self, table):
+        """How many items a frame is."""
+        return table["image"].shape[1] if self.cameras == "all" else 1
 
     def __len__(self):
-        return len(self.rows) * (len(self.index.cameras) if self.cameras == "all" else 1)
+        return int(self.first_item[-1])
 
-    def scan(self, frame):
-        """[A, 4]: the LiDAR scan of a frame, as read_scan gives it."""
-        return read_scan(os.path.join(self.index.root, self.index.lidar[frame].decode()))
-
-    def image(self, frame, camera):
-        """uint8 [3, H, W]: the image of a frame's camera in the size asked for."""
-        path = os.path.join(self.index.root, self.index.image[frame, camera].decode())
-        return read_image(path, self.image_size, self.index.image_size[frame, camera])
+    def frame_count(self):
+        """How many frames there are to draw from."""
+        return sum(map(len, self.tables))
 
     def locate(self, key):
-        """(frame, camera or None, generator of the item's randomness) of (epoch, number)."""
+        """(number of the table, row, camera or None, generator of the item's randomness)."""
         epoch, number = key
         rng = np.random.default_rng((self.seed, epoch, number))
-        count = len(self.index.cameras)
+        which = int(np.searchsorted(self.first_item, number, side="right")) - 1
+        table = self.tables[which]
+        frame, view = divmod(number - self.first_item[which], self.views(table))
         camera = None
         if self.cameras == "all":
-            number, camera = divmod(number, count)
+            camera = view
         elif self.cameras == "random":
-            camera = rng.integers(count)
+            camera = rng.integers(table["image"].shape[1])
         elif self.cameras != "scan":
-            camera = self.index.cameras.index(self.cameras)
-        return self.rows[number], camera, rng
+            camera = table.cameras.index(self.cameras)
+        return which, table.rows[frame], camera, rng
+
+    def number_of_frame(self, key):
+        """An item's frame, numbered through all tables."""
+        which, row, *_ = self.locate(key)
+        return int(self.first_frame[which] + row)
 
     def name(self, key):
         """The file by which a person finds an item: its image, or its scan."""
-        frame, camera, _ = self.locate(key)
-        path = self.index.lidar[frame] if camera is None else self.index.image[frame, camera]
+        which, row, camera, _ = self.locate(key)
+        table = self.tables[which]
+        path = table["scan"][row] if camera is None else table["image"][row, camera]
         return path.decode()
 
     def __getitem__(self, key):
@@ -217,77 +210,117 @@ class Frames(torch.utils.data.Dataset):
 
     def view(self, key):
         """One item. Raises InputError if it cannot be read."""
-        index = self.index
-        frame, camera, rng = self.locate(key)
-        if index.bad[frame]:
-            raise InputError(f"{index.root}: {index.bad[frame].decode()}")
-        points = self.points(frame, camera)
-        if self.max_depth is not None:
+        which, row, camera, rng = self.locate(key)
+        table = self.tables[which]
+        if "bad" in table and table["bad"][row]:
+            raise InputError(f"{table.root}: {table['bad'][row].decode()}")
+
+        # Points: of a scan, or labelled pixels
+        points = {}
+        if "scan" not in table and self.target:
+            points = labelled_pixels(table.labels(row), self.image_size)
+        elif self.target or self.prepare:
+            points = self.points_of(table, row, camera)
+        if self.target == "depths":
             points = take(points, nearest_per_pixel(points["pixels"], points["depths"]))
-            points = take(points, points["depths"] <= self.max_depth)
-        if self.cloud:
-            points = self.encoder_inputs(points, rng, key)
-        item = {"condition": int(index.condition[frame])}
+            points = take(points, points["depths"] <= DEPTHS[1])
+        inputs = {}
+        if self.prepare:
+            points, inputs = self.encoder_inputs(table, points, rng, key)
+
+        # As tensors
+        item = {"condition": self.condition_of(table, row)}
         if camera is not None and self.image_size is not None:
-            item["image"] = torch.from_numpy(self.image(frame, camera))
+            item["image"] = read_image(table.path("image", row, camera), self.image_size,
+                                       table["image_size"][row, camera])
         for name, values in points.items():
-            if name in ("xyz", "intensity"):
-                continue
-            if values.dtype == np.float64:  # pixels and depths are computed in double precision
-                values = values.astype(np.float32)
-            item[name] = torch.from_numpy(np.ascontiguousarray(values))
+            if name not in ("xyz", "intensity"):
+                item[name] = as_tensor(values)
+        if inputs:
+            item["inputs"] = {name: as_tensor(values) for name, values in inputs.items()}
         return item
 
-    def points(self, frame, camera):
+    def condition_of(self, table, row):
+        """A frame's condition, index into `conditions`; -1 where its dataset states none."""
+        if not table.conditions:
+            return -1
+        return self.conditions.index(table.conditions[table["condition"][row]])
+
+    def points_of(self, table, row, camera):
         """A scan's points that a camera sees, or all where camera is None: {name: [N, ...]}.
 
         xyz, intensity; with a camera pixels in the resized image and depths; labels if asked for.
         """
-        index = self.index
-        scan = self.scan(frame)  # [A, 4]
+        scan = table.reader.scan(table.path("scan", row))  # [A, 4]
         seen = np.arange(len(scan))
         of_camera = {}
         if camera is not None:
-            raw_size = index.image_size[frame, camera]
-            seen, pixels, depths = project(scan[:, :3], index.cam_from_lidar[frame, camera],
-                                           index.intrinsics[frame, camera], raw_size)
+            raw_size = table["image_size"][row, camera]
+            seen, pixels, depths = project(scan[:, :3], table["cam_from_lidar"][row, camera],
+                                           table["intrinsics"][row, camera], raw_size)
             if self.image_size is not None:
                 pixels = pixels * (np.asarray(self.image_size) / raw_size)
             of_camera = {"pixels": pixels, "depths": depths}
         points = {"xyz": scan[seen, :3], "intensity": scan[seen, 3]} | of_camera
-        if self.labels:
-            path = os.path.join(index.root, index.lidarseg[frame].decode())
-            labels = read_labels(path, index.coarse, len(scan))  # [A]
+        if self.target == "labels":
+            labels = table.labels(row, len(scan))  # [A]
             points["labels"] = labels[seen].astype(np.int64)
         return points
 
-    def encoder_inputs(self, points, rng, key):
-        """The points that the 3D encoder gets, one of each voxel in view, and its inputs."""
-        options = self.cloud
-        xyz = rotate_and_flip(points["xyz"], rng) if self.augment else points["xyz"]
-
-        # Which points
-        chosen = np.flatnonzero(inside_fov(xyz, options["fov"]))
-        drawn_by = rng if self.training else None
-        chosen = chosen[one_per_voxel(xyz[chosen], options["voxel"], drawn_by)]
-        if len(chosen) == 0:
-            scan = self.index.lidar[self.locate(key)[0]].decode()
+    def encoder_inputs(self, table, points, rng, key):
+        """(the points that the 3D encoder gets, or all where every one counts; its inputs)."""
+        xyz = points["xyz"]
+        if self.points == "augmented":
+            xyz = rotate_and_flip(xyz, rng)
+        sampling = table.sampling
+        if self.points in ("first", "every"):
+            sampling = sampling | {"keep": "first"}
+        if self.points == "every":
+            sampling = sampling | {"max_points": None}
+        rows, inputs = self.prepare(xyz, points["intensity"], rng, sampling)
+        if len(rows) == 0:
+            scan = table["scan"][self.locate(key)[1]].decode()
             raise InputError(f"{self.name(key)}: no LiDAR point of its scan ({scan}) is in view "
                              "and within reach; do scan, image and calibration belong together?")
-        if len(chosen) > options["max_points"] and not self.every_point:
-            center = xyz[chosen[rng.integers(len(chosen))]]
-            chosen = chosen[nearest_to(xyz[chosen], center, options["max_points"])]
+        if self.points == "every":
+            nearest = cKDTree(xyz[rows]).query(xyz)[1]
+            return points | {"nearest": nearest.astype(np.int64)}, inputs
+        return take(points, rows), inputs
 
-        # What the encoder takes of them
-        if self.every_point:
-            kept = points | {"nearest": cKDTree(xyz[chosen]).query(xyz)[1].astype(np.int64)}
-        else:
-            kept = take(points, chosen)
-        xyz = xyz[chosen]
-        return kept | {
-            "feats": point_features(xyz, points["intensity"][chosen], *options["intensity"]),
-            "cells": plane_cells(xyz, options["fov"], options["cell"]),
-            "neighbors": nearest_neighbors(xyz, options["neighbors"])}
+
+def check_cameras(table, cameras):
+    """Raise InputError where a dataset has no such camera."""
+    known = ["random", "all", *(["scan"] if "scan" in table else []), *table.cameras]
+    if cameras not in known:
+        raise InputError(f"--cameras {cameras}: choose one of {', '.join(known)}")
+
+
+def check_labelled(table):
+    """Raise InputError where frames of a table have no labels."""
+    if "labels" not in table:
+        return
+    unlabelled = np.count_nonzero(table["labels"][table.rows] == b"")
+    if unlabelled:
+        raise InputError(f"--data {table.root}: {unlabelled} of {len(table)} frames have no "
+                         "labels; they may be in an archive of their own (nuScenes: lidarseg)")
+
+
+def labelled_pixels(labels, size):
+    """The pixels of an image that have a class, at the size (H, W): {name: [N, ...]}.
+
+    labels: uint8 [h, w], 0 where there is none. To the size by the nearest pixel.
+    """
+    small = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+    labels = np.array(small)  # [H, W]
+    pixels = np.argwhere(labels > 0)
+    return {"pixels": pixels.astype(np.float64), "labels": labels[tuple(pixels.T)].astype(np.int64)}
+
+
+def as_tensor(values):
+    """A tensor of an array; pixels and depths are computed in double precision and end as float."""
+    if values.dtype == np.float64:
+        values = values.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(values))
 
 
 def next_good(frames, key):
@@ -302,7 +335,7 @@ def next_good(frames, key):
         try:
             return frames.view(other) | {"bad": bad}
         except InputError as error:
-            bad.append((int(frames.locate(other)[0]), str(error)))
+            bad.append((frames.number_of_frame(other), str(error)))
     raise InputError(f"{len(bad)} items in a row cannot be read, the last: {bad[-1][1]}")
 
 
@@ -312,35 +345,46 @@ def _one_list(lists):
     return sum(lists, [])
 
 
-def _beside(planes):
-    return torch.cat(planes, dim=1)
-
-
-# How the values of a field of several items become one
+# How the values of a field of several items become one. `inputs` has fields of its own: each has a
+# row a point, and they stand one below the other.
 JOIN = {"condition": torch.tensor, "image": torch.stack, "bad": _one_list,
-        "pixels": torch.cat, "depths": torch.cat, "labels": torch.cat,      # [N, ...]
-        "feats": torch.cat, "cells": _beside, "neighbors": torch.cat, "nearest": torch.cat,
-        "features": torch.cat}                                              # of a cached encoder
+        "pixels": torch.cat, "depths": torch.cat, "labels": torch.cat, "nearest": torch.cat,
+        "features": torch.cat}  # of a cached encoder
 NUMBERS = ("neighbors", "nearest")  # they number points of an item, and become rows of the batch
 
 
 def collate(items):
-    """A ragged batch: the points of all items one after the other; `batch` [N] is each one's item.
+    """A ragged batch: the points of all items one after the other; `view` [N] is each one's item.
 
-    Raises ValueError for a field that JOIN does not name.
+    The points are those that the 3D encoder gets where there is one. Raises ValueError for a field
+    that JOIN does not name.
     """
-    unknown = [name for name in items[0] if name not in JOIN]
+    unknown = [name for name in items[0] if name not in JOIN and name != "inputs"]
     if unknown:
         raise ValueError(f"collate does not know the field {unknown[0]!r}: say in data.JOIN how "
                          "the items' values are joined")
     # How many points each item has, and the row of the batch at which they start
-    per_point = next(name for name in ("feats", "features", "pixels") if name in items[0])
-    counts = torch.tensor([len(item[per_point]) for item in items])
+    counts = torch.tensor([point_count(item) for item in items])
     starts = (counts.cumsum(0) - counts).tolist()
+
+    def joined(name, values, join):
+        if name in NUMBERS:
+            values = [numbers + start for numbers, start in zip(values, starts)]
+        return join(values)
+
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]
-        if name in NUMBERS:
-            values = [numbers + start for numbers, start in zip(values, starts)]
-        batch[name] = JOIN[name](values)
-    return batch | {"batch": torch.repeat_interleave(torch.arange(len(items)), counts)}
+        if name == "inputs":
+            batch[name] = {part: joined(part, [inputs[part] for inputs in values], torch.cat)
+                           for part in values[0]}
+        else:
+            batch[name] = joined(name, values, JOIN[name])
+    return batch | {"view": torch.repeat_interleave(torch.arange(len(items)), counts)}
+
+
+def point_count(item):
+    """How many points an item has; 0 for an image alone."""
+    if "inputs" in item:
+        return len(next(iter(item["inputs"].values())))
+    return len(item.get("features", item.get("pixels", ())))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 DIRECTIONS = ("2d_to_3d", "3d_to_2d")
 
 
-def sample_features(maps, pixels, batch, image_size):
+def sample_features(maps, pixels, view, image_size):
     """Pixel features: bilinear samples of feature maps at the pixels of projected points.
 
     Equal to up-sampling the maps to the image (bilinear, align_corners=True) and reading the
@@ -18,7 +18,7 @@ def sample_features(maps, pixels, batch, image_size):
     Args:
         maps: [B, D, h, w] feature maps of the image encoder.
         pixels: [M, 2] (row, col) in the image; may be fractional; clamped to the image.
-        batch: [M] the image of each pixel.
+        view: [M] the image of each pixel.
         image_size: (H, W) of the image.
     Returns: [M, D].
     """
@@ -36,22 +36,17 @@ def sample_features(maps, pixels, batch, image_size):
     col_right = (col + 1).clamp(max=w - 1)
 
     cells = maps.permute(0, 2, 3, 1).reshape(-1, dim)  # [B h w, D]
-    start = batch * (h * w)
+    start = view * (h * w)
     return ((1 - down) * (1 - right) * cells[start + row * w + col]
             + (1 - down) * right * cells[start + row * w + col_right]
             + down * (1 - right) * cells[start + row_below * w + col]
             + down * right * cells[start + row_below * w + col_right])  # [M, D]
 
 
-def features_at_points(encoder, batch, image_size):
-    """Features [N, D] at a batch's points.
-
-    They are an image encoder's at the points' pixels, or WaffleIron's where image_size is None. For
-    probes and ablations, which take either; the two stages spell it out.
-    """
-    if image_size is None:
-        return encoder.features(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
-    return sample_features(encoder(batch["image"]), batch["pixels"], batch["batch"], image_size)
+def features_at_pixels(encoder, batch):
+    """An image encoder's features [M, D] at a batch's pixels."""
+    images = batch["image"]  # [B, 3, H, W]
+    return sample_features(encoder(images), batch["pixels"], batch["view"], images.shape[2:])
 
 
 def distillation_loss(pixel_features, point_features, direction):

@@ -15,24 +15,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import CLOUD, DEPTHS, Frames, collate
-from distill import features_at_points
+from data import Frames, collate, select, set_sampling
 from heads import linear_head
 from metrics import Confusion, DepthSums, finite
-from models import load_image_encoder, source_in
+from models import load_image_encoder, load_point_encoder, source_in
 from plumbing import training
 from plumbing.arguments import WORKERS, Parser
 from plumbing.atomic import read_json, write_json, write_text
 from plumbing.errors import InputError, one_line_errors, say
-from plumbing.fingerprint import check, differences, digest, of_weights, with_files
+from plumbing.fingerprint import check, differences, digest, of_frames, of_weights
 from plumbing.weights import load_checkpoint, load_strictly, located, say_if_unfinished
-from readers.nuimages import LabelledImages, load_nuimages
-from readers.nuscenes import CONDITIONS, load_index
-from waffleiron import load_waffleiron
-
-COLUMNS = ("full", *CONDITIONS)
-METRICS = (("mIoU", "mIoU [%], higher is better", 1), ("RMSE", "RMSE [m], lower is better", 2))
-
+from probe import TASKS
+from readers.table import entries, open_tables
+from results import results_table
 
 # ---- one probe -----------------------------------------------------------------------------------
 
@@ -58,24 +53,23 @@ def encoder_source(probe, path, moved=None):
 
 
 def load_probe(path, device, encoder_at=None):
-    """A probe's checkpoint as (checkpoint, encoder, head, cloud options of the 3D encoder or None).
+    """A probe's checkpoint as (checkpoint, encoder, head).
 
     encoder_at: where the encoder is if it was moved. Raises InputError where the probe is
     unfinished, or its encoder is not the one that its head was trained on.
     """
     probe = load_checkpoint(path, "probe")
     check_finished(probe, path)
-    cloud = None
     # A fine-tuned probe's checkpoint has the encoder's weights, another says where they are
-    if probe.get("backbone"):
+    if probe.get("encoder_weights"):
         spec = probe["spec"]
         encoder = load_image_encoder(spec["name"], "random", feature=spec["feature"], careful=False)
-        load_strictly(encoder.backbone, probe["backbone"], path)
+        load_strictly(encoder.backbone, probe["encoder_weights"], path)
     else:
         source = encoder_source(probe, path, encoder_at)
         if probe["task"] == "seg3d":
-            encoder, stage1 = load_waffleiron(source["name_or_path"])
-            cloud = stage1.get("cloud", CLOUD)
+            encoder, _ = load_point_encoder(source["name_or_path"])
+            encoder.use(probe["samplings"])
         else:
             encoder = load_image_encoder(**source, careful=False)
         check(f"{path}: its head", probe.get("made_from", {}), {"encoder": encoder.fingerprint()},
@@ -83,7 +77,7 @@ def load_probe(path, device, encoder_at=None):
               "give that encoder's place (eval.py --encoder)")
     head = linear_head(probe["head"], probe["dim"], len(probe["classes"]) or 1)
     load_strictly(head, probe["model"], path)
-    return probe, encoder.to(device).eval(), head.to(device).eval(), cloud
+    return probe, encoder.to(device).eval(), head.to(device).eval()
 
 
 def check_finished(probe, path):
@@ -110,25 +104,23 @@ def result_name(path):
 
 
 def data_of(probe, path):
-    """Where the dataset of a probe is whose checkpoint is at `path`."""
-    return located(probe["data"], probe["encoder"].get("folder"), folder_of(path))
+    """[(dataset, path)] of a probe whose checkpoint is at `path`: where they are now."""
+    was = probe["encoder"].get("folder")
+    return [(name, located(root, was, folder_of(path))) for name, root in probe["data"]]
 
 
-def protocol_of(probe, cloud=None):
-    """What must be equal, beside the frames, for the numbers of two probes to be compared.
-
-    cloud: of a 3D probe, as data.CLOUD.
-    """
+def protocol_of(probe):
+    """What must be equal, beside the frames, for the numbers of two probes to be compared."""
     args = probe["args"]
-    protocol = {"classes": list(probe["classes"]), "cameras": args["cameras"],
-                "head": probe["head"], "limit": args.get("limit"),
-                "finetune": args.get("finetune", False), "percent": args.get("percent") or 100,
-                "scenes": probe.get("scenes")}
-    if cloud and args["cameras"] != "scan":  # judged at the points that the 3D encoder gets
-        protocol["fov"] = list(cloud["fov"])
-        protocol["voxel"] = cloud["voxel"]
-        protocol["max_points"] = cloud["max_points"]
-    if probe["task"] in ("depth", "nuimages"):  # judged at pixels of the resized image
+    datasets = [name for name, _ in probe["data"]]
+    protocol = {"data": " and ".join(datasets), "classes": list(probe["classes"]),
+                "cameras": args["cameras"], "head": probe["head"], "limit": args.get("limit"),
+                "finetune": bool(probe.get("encoder_weights")),
+                "percent": args.get("percent") or 100, "scenes": probe.get("scenes")}
+    if probe["samplings"] and args["cameras"] != "scan":  # judged at the 3D encoder's points
+        for name in ("fov", "voxel", "max_points"):
+            protocol[name] = [sampling[name] for sampling in probe["samplings"].values()]
+    if probe["task"] == "depth" or probe["dense"]:  # judged at pixels of the resized image
         protocol["image_size"] = list(probe["image_size"])
     return protocol
 
@@ -145,47 +137,50 @@ def are_own_frames(probe, path, frames):
 class Evaluation:
     """A probe, and the frames of the validation split that it is to be judged on.
 
-    data: root of the dataset, and encoder_at: place of the encoder (default: the probe's own).
-    dataset: a subclass of Frames that changes what a sensor gives, or None. `made_from` is what a
-    result of both is made from; `own` is whether the frames are those of the probe's own dataset.
+    data: as --data; a bare path is of the probe's own dataset. encoder_at: place of the encoder
+    (default of both: the probe's own). `made_from` is what a result is made from; `own` is whether
+    the frames are those of the probe's own data.
     Raises InputError as `load_probe`, and where a file of the frames is missing.
     """
 
-    def __init__(self, path, device, data=None, dataset=None, encoder_at=None):
+    def __init__(self, path, device, data=None, encoder_at=None):
         self.path = path
         self.device = device
-        self.probe, self.encoder, self.head, cloud = load_probe(path, device, encoder_at)
-        self.protocol = protocol_of(self.probe, cloud)
-        self.task = self.probe["task"]
-        self.image_size = self.probe["image_size"] and tuple(self.probe["image_size"])
+        self.probe, self.encoder, self.head = load_probe(path, device, encoder_at)
+        self.protocol = protocol_of(self.probe)
+        self.task = TASKS[self.probe["task"]]
+        image_size = self.probe["image_size"] and tuple(self.probe["image_size"])
 
         # The frames
         args = self.probe["args"]
         home = data_of(self.probe, path)
-        labels = self.task != "depth"
-        load, dataset = load_index, dataset or Frames
-        if self.task == "nuimages":
-            load, dataset = load_nuimages, LabelledImages
+        there = data_given(data, home)
+        labels = self.task.target == "labels"
         with training.first_process_first():
-            index = load(data or home, args["version"], look=None)
-        rows = index.select("val")
-        self.frames = dataset(index, rows, args["cameras"], self.image_size, cloud, labels=labels,
-                              max_depth=None if labels else DEPTHS[1],
-                              every_point=args["cameras"] == "scan")
+            tables = open_tables(there, args["version"], look=None)
+        check_classes(tables, self.probe)
+        tables = select(tables, "val")
+        prepare = None
+        if self.probe["samplings"]:
+            set_sampling(tables, self.probe["samplings"], "probe")
+            prepare = self.encoder.prepare
+        self.frames = Frames(tables, args["cameras"], image_size, prepare, self.task.target,
+                             points="every" if args["cameras"] == "scan" else "first")
 
         # What the result is made from
-        frames = training.by_first_process(lambda: with_files(index, rows, labels))
+        frames = training.by_first_process(lambda: of_frames(tables, labels, files=True))
         weights = of_weights(torch.nn.ModuleList([self.encoder, self.head]))
         self.made_from = {
             "probe": {"step": self.probe["step"], "weights": weights},
             "encoder": self.probe.get("made_from", {}).get("encoder", {}),
             "frames": frames}
 
-        # Its own dataset, where only files have changed, is its own still
+        # Its own data, where only files have changed, are its own still
         same = are_own_frames(self.probe, path, frames)
-        at_home = data is None or os.path.realpath(data) == os.path.realpath(home)
-        val = self.probe.get("val")  # None: the probe is from before fingerprints
-        same_tables = val is None or val | {"files": None} == frames | {"files": None}
+        at_home = [os.path.realpath(root) for _, root in there] == [
+            os.path.realpath(root) for _, root in home]
+        val = self.probe["val"]
+        same_tables = val | {"files": None} == frames | {"files": None}
         self.own = same or at_home and same_tables
 
     def stored_at(self):
@@ -200,9 +195,27 @@ class Evaluation:
         return folder_of(self.path) / f"{name}.json"
 
 
-def evaluate(path, device, data=None, workers=2, batch_size=16, dataset=None):
+def data_given(data, home):
+    """[(dataset, path)] of --data, or `home`; a bare path is of the one dataset of `home`."""
+    if data is None:
+        return home
+    given = entries(data)
+    if given == [("nuscenes", data)] and len(home) == 1:
+        return [(home[0][0], data)]
+    return given
+
+
+def check_classes(tables, probe):
+    """Raise InputError for data of other classes than the probe's."""
+    for table in tables:
+        if probe["classes"] and tuple(table.reader.CLASSES[1:]) != tuple(probe["classes"]):
+            raise InputError(f"--data {table.root}: {table.name} has other classes than the "
+                             "probe's data")
+
+
+def evaluate(path, device, data=None, workers=2, batch_size=16):
     """What `measure` gives for a probe, of a folder or checkpoint; see `Evaluation`."""
-    return measure(Evaluation(path, device, data, dataset), workers, batch_size)
+    return measure(Evaluation(path, device, data), workers, batch_size)
 
 
 @torch.no_grad()
@@ -210,96 +223,43 @@ def measure(evaluation, workers=2, batch_size=16):
     """Metrics of a probe by condition, on the validation split.
 
     Returns {"mIoU": {"full": ..}, "IoU": ..} in percent or {"RMSE": .., "RMSE_points": ..} in
-    metres, None where nothing is labelled, beside what the result is of. nuImages has only "full".
+    metres, None where nothing is labelled, beside what the result is of. "columns" are "full" and
+    the conditions that the data states; of those that do not occur there is no number.
     The frames are dealt out over the processes and the counts summed. A 3D probe of whole scans is
-    judged on every point, each with the prediction of the nearest one that WaffleIron got.
+    judged on every point, each with the prediction of the nearest one that the 3D encoder got.
     """
     probe, frames, device = evaluation.probe, evaluation.frames, evaluation.device
     mine = range(training.rank(), len(frames), training.world())
     order = training.in_batches(mine, batch_size)
     loader = training.load(frames, order, collate, workers, device)
     bar = tqdm(loader, f"evaluate {evaluation.path}", disable=training.rank() > 0, mininterval=2)
-    depth = evaluation.task == "depth"
-    sums = DepthSums(frames, device) if depth else Confusion(probe["classes"], device)
+    if evaluation.task.target == "depths":
+        sums = DepthSums(len(frames), frames.conditions, device)
+    else:
+        left_out = {}
+        for table in frames.tables:
+            left_out |= getattr(table.reader, "LEFT_OUT", {})
+        sums = Confusion(probe["classes"], frames.conditions, left_out, device)
     for keys, batch in zip(order, bar):
         batch = training.to_device(batch, device)
         with training.autocast(device, probe["args"]["precision"]):
-            features = features_at_points(evaluation.encoder, batch, evaluation.image_size)
+            features = evaluation.task.features(evaluation.encoder, batch)
         outputs = evaluation.head(features.float())  # in float32, as it was trained
         sums.add(outputs, batch, [number for _, number in keys])
 
     training.sum_over_processes(sums.counts)
-    conditions = []  # those that occur; nuImages' tables name none
-    if evaluation.task != "nuimages":
-        there = set(frames.index.condition[frames.rows].tolist())
-        conditions = [number for number in range(len(CONDITIONS)) if number in there]
-    return {"run": str(evaluation.path), "task": evaluation.task,
-            "encoder": probe["args"]["encoder"], "step": probe["step"], "data": frames.index.root,
-            "images": len(frames), "made_from": evaluation.made_from,
-            "protocol": evaluation.protocol} | sums.metrics(conditions)
+    there = {frames.condition_of(table, row) for table in frames.tables for row in table.rows}
+    occurring = [number for number in range(len(frames.conditions)) if number in there]
+    roots = [table.root for table in frames.tables]
+    return {"run": str(evaluation.path), "task": probe["task"],
+            "encoder": probe["args"]["encoder"], "step": probe["step"],
+            "data": roots[0] if len(roots) == 1 else roots,
+            "columns": ["full", *frames.conditions], "images": len(frames),
+            "made_from": evaluation.made_from, "protocol": evaluation.protocol,
+            } | sums.metrics(occurring)
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-def not_comparable(row, first):
-    """Why the difference of two results of one task says nothing, in words; "" if it does."""
-    reasons = []
-    a = first.get("protocol", {})
-    b = row.get("protocol", {})
-    for name in a | b:
-        if a.get(name) == b.get(name):
-            continue
-        too_long = name in ("classes", "scenes")
-        reasons.append(f"other {name}" if too_long else f"{name} {a.get(name)} and {b.get(name)}")
-    if "made_from" in row and "made_from" in first:
-        frames = differences({"other frames": first["made_from"]["frames"]},
-                             {"other frames": row["made_from"]["frames"]})
-        reasons += [frames] if frames else []
-    elif any(row.get(name) != first.get(name) for name in ("data", "images", "made_from")):
-        reasons.append("one of them is from before fingerprints and of other data; evaluate it "
-                       "with --again")
-    return "; ".join(reasons)
-
-
-def cell(row, metric, column, digits, first=None):
-    """A number of a table, or why there is none; in brackets its difference to `first`'s."""
-    if column not in row[metric]:
-        return "–" if row["task"] == "nuimages" else "not run"
-    value = row[metric][column]
-    if value is None:
-        return "no labels"
-    base = first and first[metric].get(column)
-    difference = "" if base is None else f" ({value - base:+.{digits}f})"
-    return f"{value:.{digits}f}{difference}"
-
-
-def table(results):
-    """Markdown: a row a probe.
-
-    In brackets stands the difference to the first row of the same task, where they can be compared.
-    """
-    parts = []
-    notes = []
-    for metric, heading, digits in METRICS:
-        rows = [result for result in results if metric in result]
-        if not rows:
-            continue
-        lines = [f"| {heading} | task | " + " | ".join(COLUMNS) + " |",
-                 "|---|---|" + "---:|" * len(COLUMNS)]
-        for row in rows:
-            base = first = next(other for other in rows if other["task"] == row["task"])
-            reason = "" if row is first else not_comparable(row, first)
-            if reason:
-                notes.append(f"{row['run']} is not compared with {first['run']}: {reason}.")
-            if reason or row is first:
-                base = None
-            cells = [cell(row, metric, column, digits, base) for column in COLUMNS]
-            lines.append(f"| {row['run']} | {row['task']} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    if notes:
-        parts.append("\n".join(notes))
-    return "\n\n".join(parts)
-
+# ---- stored results ----------------------------------------------------------------------------
 
 def unchecked(path):
     """The stored result of a probe whose data or encoder is not there any more, else None.
@@ -309,8 +269,8 @@ def unchecked(path):
     """
     # What is gone?
     probe = load_checkpoint(path, "probe")
-    sources = [data_of(probe, path)]
-    if not probe.get("backbone"):
+    sources = [root for _, root in data_of(probe, path)]
+    if not probe.get("encoder_weights"):
         source = source_in(probe, path)
         sources.append(source[place_of(source)])
     gone = [place for place in sources if os.path.isabs(place) and not os.path.exists(place)]
@@ -343,7 +303,7 @@ def result_of(path, device, args):
         stored = training.by_first_process(lambda: unchecked(path))
         if stored:
             return stored
-    evaluation = Evaluation(path, device, args.data, encoder_at=args.encoder)
+    evaluation = Evaluation(path, device, args.data, args.encoder)
 
     def current():
         stored = read_json(evaluation.stored_at())
@@ -375,7 +335,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("probes", nargs="+", help="folders that probe.py wrote, or the best.pth in them")
-    add("--data", help="nuScenes root (default: the probe's)")
+    add("--data", help="other frames to judge on, as for probe.py (default: the probe's)")
     add("--encoder",
         help="where the probes' encoder is, if it was moved: its folder or its weights' file")
     add("--out", default="runs/table",
@@ -390,9 +350,9 @@ def main(argv=None):
     paths = training.by_first_process(lambda: probes_of(args.probes))
     results = [result_of(path, device, args) for path in paths]
     if training.rank() == 0:
-        write_text(f"{args.out}.md", table(results) + "\n")
+        write_text(f"{args.out}.md", results_table(results) + "\n")
         write_json(f"{args.out}.json", results)
-        print(table(results))
+        print(results_table(results))
         print(f"\nwritten: {args.out}.md, {args.out}.json")
 
 

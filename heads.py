@@ -1,4 +1,4 @@
-"""What is trained on frozen features: linear heads, and what may stand before the linear layer."""
+"""Heads: linear ones on frozen features, with what may stand before them; those of 3D encoders."""
 import torch
 from torch import nn
 
@@ -43,3 +43,20 @@ def linear_head(kind, dim, outputs):
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(before(dim), linear)
+
+
+# ---- what a 3D encoder ends in: [N, channels] -> [N, out] ----------------------------------------
+
+def linear_layer(channels, hidden, out):
+    return nn.Linear(channels, out)
+
+
+def batchnorm_and_linear(channels, hidden, out):
+    return nn.Sequential(BatchNorm(channels), nn.Linear(channels, out))
+
+
+def mlp(channels, hidden, out):
+    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+HEADS = {"linear": linear_layer, "batchnorm": batchnorm_and_linear, "mlp": mlp}

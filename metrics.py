@@ -5,12 +5,9 @@ Collaborative-distillation paper, Sec. 4.2 and C.3.
 import math
 
 import torch
+import torch.nn.functional as F
 
 from data import DEPTHS
-from readers.nuscenes import CONDITIONS
-
-NOT_AT_NIGHT = ("bus", "trailer", "construction_vehicle")  # left out of night's mean (C.3)
-
 
 # ---- pure functions ------------------------------------------------------------------------------
 
@@ -37,14 +34,14 @@ def mean_iou(confusion, left_out=()):
     return iou.nanmean().item()
 
 
-def depth_sums(prediction, truth, batch, images):
+def depth_sums(prediction, truth, view, images):
     """What RMSE needs of each image: sum of squared errors in square metres, number of points.
 
-    prediction [N] and truth [N] in metres, batch [N] each point's image -> [images, 2].
+    prediction [N] and truth [N] in metres, view [N] each point's image -> [images, 2].
     """
     squares = (prediction.clamp(*DEPTHS) - truth).double() ** 2
     sums = torch.zeros(images, 2, dtype=torch.double, device=squares.device)
-    return sums.index_add_(0, batch, torch.stack([squares, torch.ones_like(squares)], 1))
+    return sums.index_add_(0, view, torch.stack([squares, torch.ones_like(squares)], 1))
 
 
 def rmse(sums):
@@ -63,38 +60,64 @@ def finite(value):
     return None if math.isnan(value) else value
 
 
+def lovasz_softmax(probabilities, labels):
+    """Lovász-softmax loss (Berman et al., CVPR 2018): the convex extension of 1 - IoU.
+
+    Args: probabilities [N, C], labels [N] in 0..C-1.
+    Returns: a scalar in [0, 1], the mean over the classes present; 0 for N = 0.
+    """
+    truth = F.one_hot(labels, probabilities.shape[1]).to(probabilities)  # [N, C]
+    present = truth.any(0)
+    if not present.any():
+        return probabilities.sum() * 0
+    truth = truth[:, present]
+    probabilities = probabilities[:, present]
+    errors, order = (truth - probabilities).abs().sort(0, descending=True)
+    truth = truth.gather(0, order)
+    # Jaccard loss of the set of the k largest errors, for each k; its increment weighs an error
+    total = truth.sum(0)
+    jaccard = 1 - (total - truth.cumsum(0)) / (total + (1 - truth).cumsum(0))
+    weights = torch.cat([jaccard[:1], jaccard.diff(dim=0)])
+    return (errors * weights).sum(0).mean()
+
+
 # ---- over batches --------------------------------------------------------------------------------
 
 class Confusion:
-    """Confusion matrices of a segmentation, one a condition."""
+    """Confusion matrices of a segmentation, one a condition and one of frames without one.
 
-    def __init__(self, names, device):
+    names: of the classes. left_out: {condition: names of classes left out of its mean}.
+    """
+
+    def __init__(self, names, conditions, left_out, device):
         self.names = names
+        self.conditions = conditions
+        self.left_out = left_out
         classes = len(names)
-        self.counts = torch.zeros(len(CONDITIONS), classes, classes, dtype=torch.long,
+        self.counts = torch.zeros(len(conditions) + 1, classes, classes, dtype=torch.long,
                                   device=device)
 
     def add(self, outputs, batch, numbers):
         """Count a batch: outputs [N, C] of its points; numbers of its items, as DepthSums needs."""
-        view = batch["batch"]
+        view = batch["view"]
         if "nearest" in batch:  # of every point
             outputs = outputs[batch["nearest"]]
             view = view[batch["nearest"]]
-        for condition in range(len(CONDITIONS)):
+        for condition in range(-1, len(self.conditions)):
             # Class 0 is "ignore": labels count from 1, outputs from 0
             chosen = (batch["labels"] > 0) & (batch["condition"] == condition)[view]
             prediction = outputs[chosen].argmax(1)
             truth = batch["labels"][chosen] - 1
             self.counts[condition] += confusion_matrix(prediction, truth, len(self.names))
 
-    def metrics(self, conditions):
-        """mIoU and IoU in percent: of all frames, and of these conditions."""
+    def metrics(self, occurring):
+        """mIoU and IoU in percent: of all frames, and of these conditions, by number."""
         parts = {"full": self.counts.sum(0)}
-        parts |= {CONDITIONS[number]: self.counts[number] for number in conditions}
-        night = [self.names.index(name) for name in NOT_AT_NIGHT]
+        parts |= {self.conditions[number]: self.counts[number] for number in occurring}
         mean, each = {}, {}
         for name, part in parts.items():
-            mean[name] = finite(100 * mean_iou(part, night if name == "night" else ()))
+            without = [self.names.index(c) for c in self.left_out.get(name, ()) if c in self.names]
+            mean[name] = finite(100 * mean_iou(part, without))
             iou = zip(self.names, class_iou(part).tolist())
             each[name] = {c: round(100 * value, 2) for c, value in iou if not math.isnan(value)}
         return {"mIoU": mean, "IoU": each}
@@ -103,20 +126,21 @@ class Confusion:
 class DepthSums:
     """Squared errors, points and condition of each image."""
 
-    def __init__(self, frames, device):
-        self.counts = torch.zeros(len(frames), 3, dtype=torch.double, device=device)
+    def __init__(self, images, conditions, device):
+        self.conditions = conditions
+        self.counts = torch.zeros(images, 3, dtype=torch.double, device=device)
 
     def add(self, outputs, batch, numbers):
         """Sum a batch: outputs [N, 1] of its points in metres; numbers of its items."""
         prediction = outputs[:, 0].float()
-        sums = depth_sums(prediction, batch["depths"], batch["batch"], len(numbers))
+        sums = depth_sums(prediction, batch["depths"], batch["view"], len(numbers))
         self.counts[numbers, :2] = sums
         self.counts[numbers, 2] = batch["condition"].double()
 
-    def metrics(self, conditions):
+    def metrics(self, occurring):
         """RMSE by image and by point in metres: of all frames, and of these conditions."""
         pairs = {"full": rmse(self.counts[:, :2])}
-        for number in conditions:
-            pairs[CONDITIONS[number]] = rmse(self.counts[self.counts[:, 2] == number, :2])
+        for number in occurring:
+            pairs[self.conditions[number]] = rmse(self.counts[self.counts[:, 2] == number, :2])
         return {"RMSE": {name: finite(pair[0]) for name, pair in pairs.items()},
                 "RMSE_points": {name: finite(pair[1]) for name, pair in pairs.items()}}

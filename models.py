@@ -1,13 +1,16 @@
-"""The image encoders: their table, and loading by name from torch.hub, a clone or a file.
+"""The encoders: the table of the image encoders, and loading of image and 3D encoders.
 
-    python models.py        # print the table of encoders
+    python models.py        # print the table of image encoders
 
-Every encoder maps images [B, 3, H, W] in [0, 1] to a feature map [B, D, h, w], D = `.dim`,
+Every image encoder maps images [B, 3, H, W] in [0, 1] to a feature map [B, D, h, w], D = `.dim`,
 h = H / `.patch_size`. To add one: a row of ENCODERS and, where its weights have names of their own,
-a function as in releases/clip.py.
+a function as in releases/clip.py. A network of its own is a class with FAMILY, FEATURES and
+feature_map(x, feature), as in resnet.py.
 """
 import difflib
+import importlib
 import os
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -16,14 +19,17 @@ from torch import nn
 from plumbing.arguments import COUNT
 from plumbing.errors import InputError
 from plumbing.fingerprint import of_weights
+from plumbing.images import check_images
 from plumbing.weights import check_fit, check_kind, load_strictly, located, read, say_if_unfinished
 from releases.clip import clip_name
 from releases.hub import released
+from releases.scalr import RELEASED, from_released
 from releases.training_checkpoints import encoder_weights
-from vit import ViT, on_the_grid_of
+from resnet import ResNet50
+from vit import (BASE, CLIP16, DINO8, DINO16, DINOV2, DINOV2_REG, DINOV3, GIANT, HUGE, LARGE, SMALL,
+                 ViT, on_the_grid_of)
 
 IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
-FEATURES = ("prenorm", "norm", "keys")  # of a ViT, see `ViT.tokens`
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation of R, G, B
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -40,35 +46,20 @@ class Row(NamedTuple):
     name: str
     source: str               # GitHub repository of the release
     patch_size: int           # side in pixels of a cell of the feature map
-    vit: dict | None          # arguments of ViT; None: torchvision's ResNet-50
+    arguments: dict           # of the network; dim is the width of its feature map
     license: str              # of the weights
     feature: str = "prenorm"  # what is distilled unless --feature says otherwise
-                              # (ScaLR, supplement B.2); a ResNet-50 has one, "layer4"
+                              # (ScaLR, supplement B.2)
     entry: str | None = ""    # entry point of torch.hub; "": the name; None: there is none
     url: str = ""             # of the file of weights; of a page where there is an entry
     normalization: tuple = IMAGENET
     released_name: Callable = same_name
+    network: Callable = ViT   # network(patch_size, **arguments)
 
     @property
     def dim(self):
-        return self.vit["dim"] if self.vit else 2048
+        return self.arguments["dim"]
 
-    @property
-    def family(self):
-        return "ViT" if self.vit else "ResNet-50"
-
-
-SMALL = dict(dim=384, depth=12, heads=6)
-BASE = dict(dim=768, depth=12, heads=12)
-LARGE = dict(dim=1024, depth=24, heads=16)
-GIANT = dict(dim=1536, depth=40, heads=24, hidden=4096, mlp="swiglu12")
-HUGE = dict(dim=1280, depth=32, heads=20, hidden=5120, mlp="swiglu")
-DINO8 = dict(grid=(28, 28))
-DINO16 = dict(grid=(14, 14))
-DINOV2 = dict(grid=(37, 37), layer_scale=True, mask_token=True)
-DINOV2_REG = DINOV2 | dict(registers=("register_tokens", 4), antialias=True)
-DINOV3 = dict(grid=None, layer_scale=True, mask_token=True, registers=("storage_tokens", 4))
-CLIP16 = dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu")
 
 DINOV2_REPO = "facebookresearch/dinov2"
 DINOV3_REPO = "facebookresearch/dinov3"
@@ -99,9 +90,9 @@ ENCODERS = {row.name: row for row in (
     Row("dino_vits16", DINO_REPO, 16, SMALL | DINO16, "Apache-2.0"),
     Row("dino_vitb8", DINO_REPO, 8, BASE | DINO8, "Apache-2.0"),
     Row("dino_vitb16", DINO_REPO, 16, BASE | DINO16, "Apache-2.0"),
-    Row("dino_resnet50", DINO_REPO, 32, None, "Apache-2.0", "layer4"),
-    Row("mocov2_resnet50", "facebookresearch/moco", 32, None, "CC-BY-NC-4.0", "layer4",
-        entry=None, url=MOCO_FILE),
+    Row("dino_resnet50", DINO_REPO, 32, dict(dim=2048), "Apache-2.0", "layer4", network=ResNet50),
+    Row("mocov2_resnet50", "facebookresearch/moco", 32, dict(dim=2048), "CC-BY-NC-4.0", "layer4",
+        entry=None, url=MOCO_FILE, network=ResNet50),
     Row("ibot_vitl16", "bytedance/ibot", 16, LARGE | DINO16, "Apache-2.0",
         entry=None, url=IBOT_FILE),
     Row("clip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "norm",
@@ -150,50 +141,19 @@ class ImageEncoder(nn.Module):
         Raises InputError for other images if `careful`.
         """
         if self.careful and not torch.compiler.is_compiling():
-            self.check_images(images)
+            check_images(images, next(self.backbone.parameters()))
+            self.check_size(images.shape[2:], "images")
         x = (images - self.mean) / self.std
-        if self.row.vit:
-            return self.backbone.feature_map(x, self.spec["feature"])
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        return net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        return self.backbone.feature_map(x, self.spec["feature"])
 
-    def keep_less(self, on):
+    def recompute(self, on):
         """With `on`, keep only the blocks' inputs for the backward pass.
 
-        Raises InputError where there are no such blocks.
+        Raises InputError where the network cannot.
         """
-        if on and not self.row.vit:
-            raise InputError(f"--checkpoint: for vision transformers only, {self.spec['name']} is "
-                             "none")
-        self.backbone.checkpoint = on
-
-    def check_images(self, images):
-        """Raise InputError unless images are as `forward` says, and as the weights are."""
-        if not torch.is_tensor(images):
-            raise InputError(f"images are a {type(images).__name__}, not a tensor; "
-                             "torch.from_numpy makes one of an array")
-        weight = next(self.backbone.parameters())
-        given = f"images of type {_short(images.dtype)} and shape {tuple(images.shape)}"
-        if images.ndim != 4 or images.shape[1] != 3 or images.layout != torch.strided:
-            raise InputError(f"{given}: are to be [B, 3, H, W], red, green and blue")
-        if images.dtype == torch.uint8:
-            raise InputError(f"{given}: are to be in [0, 1], not bytes; divide them by 255")
-        floats = (torch.float32, torch.bfloat16, torch.float16)
-        cast = torch.is_autocast_enabled(weight.device.type) and images.dtype in floats
-        if images.dtype != weight.dtype and not cast:
-            raise InputError(f"{given}: the encoder's weights are {_short(weight.dtype)}; convert "
-                             "one of them")
-        if images.device != weight.device:
-            raise InputError(f"{given}: are on {images.device}, the encoder is on {weight.device}; "
-                             "move one of them")
-        self.check_size(images.shape[2:], "images")
-        rounding = 1e-3  # resizing in floats gives a white sky of 1.0000002
-        low, high = map(float, (images.amin(), images.amax())) if images.numel() else (0, 1)
-        if not (low >= -rounding and high <= 1 + rounding):  # NaN is neither
-            raise InputError(f"{given}: hold values from {low:.4g} to {high:.4g} and are to be in "
-                             "[0, 1], finite and not normalised; the encoder normalises them "
-                             "itself")
+        if on and not hasattr(self.backbone, "recompute"):
+            raise InputError(f"--recompute: not with {self.spec['name']}; for vision transformers")
+        self.backbone.recompute = on
 
     def check_size(self, size, subject="--image-size"):
         """An image size (H, W). Raises InputError where the patch size does not divide it."""
@@ -220,10 +180,6 @@ class ImageEncoder(nn.Module):
         """What this encoder is, wherever its weights came from: see plumbing/fingerprint.py."""
         return {"name": self.spec["name"], "feature": self.spec["feature"],
                 "weights": of_weights(self.backbone)}
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -312,10 +268,9 @@ def _row(name):
 
 
 def _feature(row, feature):
-    possible = FEATURES if row.vit else (row.feature,)
+    possible = row.network.FEATURES
     if feature not in possible:
-        has = ", ".join(possible) if row.vit else "one feature, its last stage; leave it out"
-        raise InputError(f"--feature {feature}: {row.name} has {has}")
+        raise InputError(f"--feature {feature}: {row.name} has {', '.join(possible)}")
     return feature
 
 
@@ -323,19 +278,65 @@ def _architecture(row, device="meta"):
     """The backbone of a row, with random weights; on "meta" `load_state_dict` has to bring all."""
     # On "meta" weights take neither time nor memory
     with torch.device(device):
-        backbone = ViT(row.patch_size, **row.vit) if row.vit else _resnet50(row.name)
+        backbone = row.network(row.patch_size, **row.arguments)
     return backbone.to_empty(device="cpu") if device == "meta" else backbone
 
 
-def _resnet50(name):
+# ---- 3D encoders ---------------------------------------------------------------------------------
+
+def backbone(name):
+    """The file NAME.py of a 3D encoder as a module: its `prepare`, `build` and NETWORK.
+
+    Raises InputError where there is no such file.
+    """
+    here = Path(__file__).parent
+    known = [file.stem for file in sorted(here.glob("*.py"))
+             if "\ndef prepare(xyz" in file.read_text()]
+    if name not in known:
+        raise InputError(f"--backbone {name}: there is no {name}.py with a function `prepare`; "
+                         f"choose one of {', '.join(known)}")
+    return importlib.import_module(name)
+
+
+def load_point_encoder(path):
+    """A file of weights, or its folder -> (3D encoder on the CPU, the checkpoint it is from).
+
+    Either a checkpoint of stage1.py (last.pth), returned whole beside the model; or a released file
+    of ScaLR, ScaLR+ or WaffleIron (model.pth, ckpt_last.pth), known by its entry "model_point",
+    "model_points" or "net". The latter holds nothing but weights: the dict beside the model is
+    empty, and the callers take the dataset's sampling, which is ScaLR's. (The original WaffleIron
+    for nuScenes had another, ±50 m in cells of 60 cm: `from_released` takes its grids.)
+
+    Raises InputError, naming the file and the way out, where it is missing, would run code, holds
+    something else, or its weights do not fit.
+    """
+    files = [Path(path) / name for name in ("last.pth", "model.pth", "ckpt_last.pth")]
+    path = next((file for file in files if file.is_file()), path)
+    content = read(path)
+    keys = list(content) if isinstance(content, dict) else []
+    for entry in RELEASED:
+        if entry in keys:
+            return from_released(content[entry], subject=path), {}
+    if "kind" not in keys:
+        held = f"the keys {keys[:5]}" if keys else f"a {type(content).__name__}"
+        raise InputError(f"{path}: not a stage-1 checkpoint, nor released weights under "
+                         f"{', '.join(RELEASED)}: it holds {held}; give what stage1.py wrote, or "
+                         "ScaLR's model.pth")
+    check_kind(content, path, "point_encoder")
+    say_if_unfinished(content, path)
+    network = backbone(content.get("backbone")).NETWORK
     try:
-        from torchvision.models import resnet50  # here, so that ViTs do not need torchvision
-    except ImportError as error:
-        raise InputError(f"--encoder {name}: torchvision cannot be imported ({error}); pip install "
-                         "torchvision") from None
-    backbone = resnet50()
-    backbone.fc = nn.Identity()
-    return backbone
+        with torch.device("meta"):
+            model = network(**content["spec"])
+        state = dict(content["model"])
+    except Exception as error:  # whatever the lookups or the constructor make of another version
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{path}: no 3D encoder can be built from it ({type(error).__name__}: "
+                         f"{reason}); is it of another version? Write it anew with "
+                         "stage1.py") from error
+    load_strictly(model.to_empty(device="cpu"), state,
+                  f'{path}: its weights do not fit its "spec"; write it anew with stage1.py')
+    return model, content
 
 
 # ---- what the scripts share ----------------------------------------------------------------------
@@ -348,7 +349,8 @@ def add_arguments(parser, **encoder):
         help="file with the encoder's weights, or 'random' (default: the released ones)")
     add("--hub",
         help="local clone of the encoder's repository (default: torch.hub over the network)")
-    add("--feature", choices=FEATURES,
+    features = dict.fromkeys(name for row in ENCODERS.values() for name in row.network.FEATURES)
+    add("--feature", choices=features,
         help="of a ViT's last block: its output before or after the final LayerNorm, or its "
              "attention's keys (default: the encoder's, see `python models.py`; prenorm for "
              "DINOv2, ScaLR supplement B.2)")
@@ -361,7 +363,7 @@ def of_family(value, encoder):
     """A hyper-parameter, or its value for the encoder's family in a dict {family: value}."""
     if not isinstance(value, dict):
         return value
-    family = encoder.row.family
+    family = encoder.row.network.FAMILY
     if family not in value:
         raise InputError(f"--lr: the paper has none here for a {family}; give one")
     return value[family]
@@ -388,12 +390,11 @@ def source_in(checkpoint, path):
 
 
 if __name__ == "__main__":
-    print(f"{'name':22} {'from':31} patch  width  {'feature map':21} {'normalised as':13}  "
+    print(f"{'name':22} {'from':31} patch  width  {'network':9} {'feature':7} {'normalised as':13}  "
           "license of the weights")
     for row in ENCODERS.values():
-        feature_map = f"patch tokens, {row.feature}" if row.vit else "last stage"
         normalization = "CLIP" if row.normalization is CLIP else "ImageNet"
-        print(f"{row.name:22} {row.source:31} {row.patch_size:5}  {row.dim:5}  {feature_map:21} "
-              f"{normalization:13}  {row.license}")
+        print(f"{row.name:22} {row.source:31} {row.patch_size:5}  {row.dim:5}  "
+              f"{row.network.FAMILY:9} {row.feature:7} {normalization:13}  {row.license}")
     for name, (mean, std) in (("ImageNet", IMAGENET), ("CLIP", CLIP)):
         print(f"{name}: mean {mean}, standard deviation {std} of R, G, B in [0, 1]")

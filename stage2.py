@@ -19,15 +19,14 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import CLOUD, Frames, collate
-from distill import distillation_loss, feature_spread, sample_features
+from data import Frames, collate, select, set_sampling
+from distill import distillation_loss, feature_spread, features_at_pixels
 from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
 from plumbing.errors import InputError, one_line_errors, say
-from plumbing.fingerprint import check
+from plumbing.fingerprint import check, of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.nuscenes import CONDITIONS, load_index
-from waffleiron import load_waffleiron
+from readers.table import open_tables
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
 
@@ -52,12 +51,12 @@ def parse(argv=None):
     add("--train-batchnorm", action="store_true",
         help="let a ResNet-50's BatchNorm normalise by the batch and update its statistics, each "
              "process its own (default: they stay as released)")
-    add("--checkpoint", action="store_true",
+    add("--recompute", action="store_true",
         help="compute the blocks of the image encoder again in the backward pass instead of "
              "keeping them: the same result, a fraction of the memory, a third more time")
     # the frames
-    add("--conditions", nargs="+", action=Distinct, choices=CONDITIONS, default=list(CONDITIONS),
-        help="frames to learn from (default: all, Sec. 3.2)")
+    add("--conditions", nargs="+", action=Distinct,
+        help="frames to learn from, of a dataset that tells conditions (default: all, Sec. 3.2)")
     add("--cameras", default="all",
         help="of a frame: all (an epoch sees each), random (one), or a channel "
              "(default: %(default)s; the GPU-hours of Table L)")
@@ -69,7 +68,7 @@ def parse(argv=None):
         help="peak learning rate (default: ViT 2e-5, ResNet-50 5e-3, Sec. 4.1)")
     add("--end-lr", type=RATE, default=1e-5,
         help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
-    add("--warmup", type=real(0, 1), default=0.1,
+    add("--warmup-part", type=real(0, 1), default=0.1,
         help="part of the run from 0 to --lr (default: %(default)s, our choice)")
     add("--weight-decay", type=RATE, default=0.03,
         help="of AdamW (default: %(default)s, Sec. 4.1)")
@@ -83,16 +82,16 @@ def both_encoders(args, device):
 
     The checkpoint is empty where released weights stand in for stage 1.
     """
-    waffleiron, stage1 = load_waffleiron(args.stage1)
+    point_encoder, stage1 = models.load_point_encoder(args.stage1)
     source = encoder_source(args, stage1)
     if not stage1:
-        say(f"{args.stage1}: released weights; points and planes as ScaLR has them on nuScenes")
+        say(f"{args.stage1}: released weights; points and planes as the dataset's SAMPLING says")
     with training.first_process_first():
         encoder = models.load_image_encoder(**source, careful=False).to(device)
-    made_from = {"stage1": waffleiron.fingerprint(), "encoder": encoder.fingerprint()}
-    check_pair(args, encoder, waffleiron, stage1, made_from)
-    encoder.keep_less(args.checkpoint)
-    return encoder, waffleiron, stage1, made_from
+    made_from = {"stage1": point_encoder.fingerprint(), "encoder": encoder.fingerprint()}
+    check_pair(args, encoder, point_encoder, stage1, made_from)
+    encoder.recompute(args.recompute)
+    return encoder, point_encoder, stage1, made_from
 
 
 def encoder_source(args, stage1):
@@ -113,14 +112,15 @@ def encoder_source(args, stage1):
     return source
 
 
-def check_pair(args, encoder, waffleiron, stage1, made_from):
+def check_pair(args, encoder, point_encoder, stage1, made_from):
     """Raise InputError unless the 3D encoder was trained for the image encoder."""
     name = encoder.spec["name"]
-    dim = waffleiron.spec["out_channels"]
+    dim = point_encoder.spec["out_channels"]
     if encoder.dim != dim:
         raise InputError(f"--encoder {name}: its features have {encoder.dim} channels, the head of "
                          f"--stage1 {args.stage1} gives {dim}; it was trained for another encoder")
-    if args.train_batchnorm and encoder.row.vit:
+    norms = [layer for layer in encoder.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    if args.train_batchnorm and not norms:
         raise InputError(f"--train-batchnorm: {name} has no BatchNorm")
     if stage1:
         check(f"--stage1 {args.stage1}", stage1.get("made_from", {}),
@@ -143,32 +143,31 @@ def say_if_collapsed(before, now, done, bar, log):
 # ---- training ------------------------------------------------------------------------------------
 
 @one_line_errors
-def main(argv=None, dataset=Frames, **more):
-    """`dataset` may change a sensor; `more` says so in "args". See experiments/corruptions.py."""
+def main(argv=None):
     args = parse(argv)
-    vars(args).update(more)
     device = training.start(args)
 
     # ---- both encoders ----
-    encoder, waffleiron, stage1, made_from = both_encoders(args, device)
+    encoder, point_encoder, stage1, made_from = both_encoders(args, device)
     known = stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE)
     image_size = encoder.check_size(args.image_size or known)
     args.lr = models.of_family(args.lr, encoder)
 
     # ---- data ----
     with training.first_process_first():
-        index = load_index(args.data, args.version, look=False)
-    if training.rank() == 0:
-        print(index.summary(), flush=True)
+        tables = open_tables(args.data, args.version, look=False)
+    for table in tables:
+        say(table.summary())
     skip_bad = args.on_bad_frame == "skip"
-    rows = index.select("train", args.conditions, args.limit, skip_bad=skip_bad)
-    cloud = stage1.get("cloud", CLOUD)
-    frames = dataset(index, rows, args.cameras, image_size, cloud, training=True,
-                     skip_bad=skip_bad, seed=args.seed)
+    tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
+    samplings = set_sampling(tables, stage1.get("samplings"))
+    point_encoder.use(samplings)
+    frames = Frames(tables, args.cameras, image_size, point_encoder.prepare, points="random",
+                    skip_bad=skip_bad, seed=args.seed)
 
     # ---- resume: a run of the same arguments, encoders and frames goes on ----
-    made_from["frames"] = index.fingerprint(rows)
-    made_from["input"] = {"image_size": image_size} | cloud
+    made_from["frames"] = of_frames(tables)
+    made_from["input"] = {"image_size": image_size} | samplings
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
     total = args.steps or len(frames) // args.batch * args.epochs
@@ -176,21 +175,21 @@ def main(argv=None, dataset=Frames, **more):
     loader = training.load(frames, batches, collate, args.workers, device)
 
     # ---- model ----
-    waffleiron = waffleiron.to(device).eval().requires_grad_(False)
+    point_encoder = point_encoder.to(device).eval().requires_grad_(False)
     encoder.train(args.train_batchnorm)  # else it is trained in eval(), as it will be used
     # Some parameters have no part in the features, as the final norm in "prenorm"
     model = training.distribute(encoder, device, find_unused_parameters=True)
 
     # ---- optimizer ----
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    warmup = round(args.warmup * total)
+    warmup = round(args.warmup_part * total)
     if checkpoint:
         encoder.backbone.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
     spread = before = checkpoint.get("spread") if checkpoint else None  # now; before stage 2
-    log = Log(args.out, device, encoder, checkpoint, len(rows))
+    log = Log(args.out, device, encoder, checkpoint, frames.frame_count())
     saver = Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 2", initial=first, total=total, disable=training.rank() > 0,
                mininterval=2)
@@ -201,11 +200,8 @@ def main(argv=None, dataset=Frames, **more):
         batch = training.to_device(batch, device)
         with training.autocast(device, args.precision):
             with torch.no_grad():
-                point_features = waffleiron(
-                    batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])  # [M, D]
-            maps = model(batch["image"])  # [B, D, h, w]
-            pixel_features = sample_features(
-                maps, batch["pixels"], batch["batch"], image_size)  # [M, D]
+                point_features = point_encoder(batch)          # [M, D]
+            pixel_features = features_at_pixels(model, batch)  # [M, D]
         loss = distillation_loss(pixel_features, point_features, "3d_to_2d")
         loss = loss * training.share(len(pixel_features), device)
         optimizer.zero_grad()

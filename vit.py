@@ -13,6 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing.errors import say
 
+# Arguments of the releases' transformers: sizes, and what each release has
+SMALL = dict(dim=384, depth=12, heads=6)
+BASE = dict(dim=768, depth=12, heads=12)
+LARGE = dict(dim=1024, depth=24, heads=16)
+GIANT = dict(dim=1536, depth=40, heads=24, hidden=4096, mlp="swiglu12")
+HUGE = dict(dim=1280, depth=32, heads=20, hidden=5120, mlp="swiglu")
+DINO8 = dict(grid=(28, 28))
+DINO16 = dict(grid=(14, 14))
+DINOV2 = dict(grid=(37, 37), layer_scale=True, mask_token=True)
+DINOV2_REG = DINOV2 | dict(registers=("register_tokens", 4), antialias=True)
+DINOV3 = dict(grid=None, layer_scale=True, mask_token=True, registers=("storage_tokens", 4))
+CLIP16 = dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu")
+
+
 # ---- positions -----------------------------------------------------------------------------------
 
 def interpolate_positions(pos_embed, grid, h, w, antialias):
@@ -227,9 +241,12 @@ class ViT(nn.Module):
             Neither the mask token nor `proj` has a part in a feature map. They are kept as
             buffers, so that released weights go in and out whole.
 
-    `checkpoint = True` keeps only the blocks' inputs for the backward pass, which computes the rest
+    `recompute = True` keeps only the blocks' inputs for the backward pass, which computes the rest
     again: the same result, a fraction of the memory.
     """
+
+    FAMILY = "ViT"
+    FEATURES = ("prenorm", "norm", "keys")  # see `tokens`
 
     def __init__(self, patch_size, dim, depth, heads, hidden=None, mlp="gelu", grid=(14, 14),
                  **options):
@@ -245,7 +262,7 @@ class ViT(nn.Module):
         self.grid = grid
         self.antialias = options["antialias"]
         self.registers = registers
-        self.checkpoint = False
+        self.recompute = False
 
         # Tokens and their positions
         if rotary:
@@ -299,7 +316,7 @@ class ViT(nn.Module):
         rotation = self.rope_embed(h, w) if self.grid is None else None
         x = self.embed(images)
         for block in self.blocks[:-1]:
-            if self.checkpoint and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation)

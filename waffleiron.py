@@ -1,30 +1,103 @@
 """WaffleIron, the 3D encoder: a deep stack of 2D convolutions on planes and MLPs on points.
 
 Puy, Boulch, Marlet, "Using a Waffle Iron for Automotive Point Cloud Semantic Segmentation", ICCV
-2023, Sec. 3; at width 768 with LayerNorm in the blocks as in ScaLR, Sec. 4.1. `from_released` takes
-published weights of WaffleIron, ScaLR and ScaLR+.
+2023, Sec. 3; at width 768 with LayerNorm in the blocks as in ScaLR, Sec. 4.1. releases/scalr.py
+takes published weights of WaffleIron, ScaLR and ScaLR+.
 
-Points are points-first and ragged: the clouds of a batch lie one after the other in `[N, C]`, and
-`batch [N]` says which cloud a point is from. Then normalisation and channel mixing are plain layers
+`prepare` makes the network's inputs of a cloud, and the network takes a batch of them. Points are
+points-first and ragged: the clouds of a batch lie one after the other in `[N, C]`, and `view [N]`
+says which one a point is from. Then normalisation and channel mixing are plain layers
 on rows, flattening points to a plane is `index_add`, inflating the plane to points is row indexing,
 and nothing is padded. experiments/plain.py is the same network in the obvious, slow way.
 """
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data import nearest_to, one_per_voxel
+from heads import HEADS
 from plumbing.batchnorm import BatchNorm
 from plumbing.errors import InputError
 from plumbing.fingerprint import of_weights
-from plumbing.weights import (check_fit, check_kind, load_strictly, read, say_if_unfinished,
-                              unwrapped)
-from releases.scalr import RELEASED, arguments_of, published, to_released  # noqa: F401
 
 GRIDS = ((256, 256), (256, 32), (256, 32))  # cells (H, W) of the planes with normal axis z, y, x
+
+
+# ---- from a cloud to inputs ----------------------------------------------------------------------
+
+def prepare(xyz, intensity, rng, sampling):
+    """What WaffleIron eats of a cloud.
+
+    Args:
+        xyz: [A, 3] in metres. intensity: [A].
+        rng: of the points that are drawn.
+        sampling: as SAMPLING of readers/nuscenes.py; "keep": "first" keeps the first point of a
+            voxel in place of a random one, "max_points": None keeps them all.
+    Returns: rows [N] of the points kept, and inputs {"points": [N, 5], "cells": [N, 3] on the
+    planes z, y, x, "neighbors": [N, K]}; no inputs where no point is in reach.
+    """
+    # Which points: those in reach, one of each voxel, the nearest ones to a random one
+    rows = np.flatnonzero(inside_fov(xyz, sampling["fov"]))
+    drawn_by = None if sampling.get("keep") == "first" else rng
+    rows = rows[one_per_voxel(xyz[rows], sampling["voxel"], drawn_by)]
+    if len(rows) == 0:
+        return rows, {}
+    most = sampling["max_points"]
+    if most is not None and len(rows) > most:
+        center = xyz[rows[rng.integers(len(rows))]]
+        rows = rows[nearest_to(xyz[rows], center, most)]
+
+    # What the network takes of them
+    xyz = xyz[rows]
+    return rows, {"points": point_features(xyz, intensity[rows], *sampling["intensity"]),
+                  "cells": plane_cells(xyz, sampling["fov"], sampling["cell"]),
+                  "neighbors": nearest_neighbors(xyz, sampling["neighbors"])}
+
+
+def inside_fov(xyz, fov):
+    """Mask of the points inside the open box of half extents `fov`, with 1e-4 m to spare."""
+    return (np.abs(xyz) < np.asarray(fov) - 1e-4).all(1)
+
+
+def plane_sizes(fov, cell):
+    """Cells (H, W) of the planes z, y, x: x-y, x-z and y-z of the box of half extents `fov`."""
+    x, y, z = (round(2 * side / cell) for side in fov)
+    return (x, y), (x, z), (y, z)
+
+
+def plane_cells(xyz, fov, cell):
+    """Flat cell numbers row * W + col of points [N, 3] on the planes z, y, x: int64 [N, 3]."""
+    x, y, z = np.floor((xyz + np.asarray(fov)) / cell).astype(np.int64).T
+    (_, width_xy), (_, width_z), _ = plane_sizes(fov, cell)
+    return np.column_stack([x * width_xy + y, x * width_z + z, y * width_z + z])
+
+
+def nearest_neighbors(xyz, count):
+    """The `count` nearest other points of each point: int64 [N, count].
+
+    Small clouds repeat the ones that they have; a single point is its own neighbour.
+    """
+    available = min(count, len(xyz) - 1)
+    if available < 1:
+        return np.zeros((len(xyz), count), np.int64)
+    # The first found is the point itself. Only where two share a place it may be the other one,
+    # and then the point itself is among the others: there the first takes its place.
+    ranks = [1, *(np.arange(count) % available + 2)]
+    found = cKDTree(xyz).query(xyz, k=ranks)[1]  # [N, 1 + count]
+    first, others = found[:, :1], found[:, 1:]
+    itself = np.arange(len(xyz))[:, None]
+    return np.where(others == itself, first, others)
+
+
+def point_features(xyz, intensity, mean, std):
+    """[N, 5]: standardised intensity, x, y, z, radius (ScaLR, supplement B.2)."""
+    radius = np.linalg.norm(xyz, axis=1)
+    return np.column_stack([(intensity - mean) / std, xyz, radius]).astype(np.float32)
 
 
 # ---- from points to planes and back --------------------------------------------------------------
@@ -36,10 +109,10 @@ class Window(NamedTuple):
     shape: tuple          # B, h, w
 
 
-def crop_axis(position, batch, clouds, size, crop):
+def crop_axis(position, view, clouds, size, crop):
     """Crop one axis of a grid of `size` cells to what the clouds occupy, plus a margin of one cell.
 
-    position: [N]. batch: [N]. Returns start [B] of each cloud's window, and the length of all
+    position: [N]. view: [N]. Returns start [B] of each cloud's window, and the length of all
     windows. Raises ValueError for a position outside the grid.
 
     A margin of one is exact for two 3x3 convolutions. Only occupied cells are read; there the
@@ -49,8 +122,8 @@ def crop_axis(position, batch, clouds, size, crop):
     ends at an occupied cell, and the clamp below allows that only at the grid's border, where the
     whole plane would be padded too.
     """
-    low = batch.new_full((clouds,), size).scatter_reduce(0, batch, position, "amin")  # [B]
-    high = batch.new_full((clouds,), -1).scatter_reduce(0, batch, position, "amax")   # [B]
+    low = view.new_full((clouds,), size).scatter_reduce(0, view, position, "amin")  # [B]
+    high = view.new_full((clouds,), -1).scatter_reduce(0, view, position, "amax")   # [B]
     first, last, extent = torch.stack([low.min(), high.max(), (high - low).max()]).tolist()
     if first < 0 or last >= size:
         raise ValueError(f"cells reach from {first} to {last} on an axis of {size} cells")
@@ -60,12 +133,12 @@ def crop_axis(position, batch, clouds, size, crop):
     return (low - 1).clamp(0, size - length), length
 
 
-def plan_window(cells, batch, clouds, grid, crop=True):
-    """The Window of one plane: cells [N] = row * W + col on the grid (H, W), batch [N]."""
+def plan_window(cells, view, clouds, grid, crop=True):
+    """The Window of one plane: cells [N] = row * W + col on the grid (H, W), view [N]."""
     row, col = cells // grid[1], cells % grid[1]
-    top, h = crop_axis(row, batch, clouds, grid[0], crop)
-    left, w = crop_axis(col, batch, clouds, grid[1], crop)
-    cell = (batch * h + row - top[batch]) * w + col - left[batch]
+    top, h = crop_axis(row, view, clouds, grid[0], crop)
+    left, w = crop_axis(col, view, clouds, grid[1], crop)
+    cell = (view * h + row - top[view]) * w + col - left[view]
     count = cell.new_zeros(clouds * h * w).index_add(0, cell, torch.ones_like(cell))
     return Window(cell, 1 / count[cell].unsqueeze(1), (clouds, h, w))
 
@@ -87,9 +160,9 @@ class Embedding(nn.Module):
             BatchNorm(channels), nn.ReLU(inplace=True), nn.Linear(channels, channels, bias=False))
         self.final = nn.Linear(2 * channels, channels)
 
-    def forward(self, feats, neighbors):
-        """feats [N, Cin], neighbors [N, K] -> [N, C]."""
-        x = self.norm(feats)
+    def forward(self, points, neighbors):
+        """points [N, Cin], neighbors [N, K] -> [N, C]."""
+        x = self.norm(points)
         edges = x[neighbors] - x.unsqueeze(1)              # [N, K, Cin]
         nearby = self.max_over_neighbors(edges)            # [N, C]
         return self.final(torch.cat([self.point(x), nearby], dim=1))
@@ -177,23 +250,6 @@ def initial_scale(channels):
 NORMS = {"layernorm": nn.LayerNorm, "batchnorm": BatchNorm}
 # ReLU in place: a plane less to keep for the backward pass
 ACTIVATIONS = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
-
-
-def linear_layer(channels, hidden, out):
-    return nn.Linear(channels, out)
-
-
-def batchnorm_and_linear(channels, hidden, out):
-    return nn.Sequential(BatchNorm(channels), nn.Linear(channels, out))
-
-
-def mlp(channels, hidden, out):
-    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, out))
-
-
-HEADS = {"linear": linear_layer, "batchnorm": batchnorm_and_linear, "mlp": mlp}
-
-
 OPTIONS = dict(drop_path=0.0, activation="relu", head="linear", hidden=2048)
 
 
@@ -212,10 +268,12 @@ class WaffleIron(nn.Module):
     Raises ValueError for another norm, activation or head, TypeError for another option.
 
     `spec` holds these arguments: `WaffleIron(**model.spec)` builds the same. `crop = False` turns
-    cropping off: the same result, slower. `checkpoint = True` keeps a layer's input only and
+    cropping off: the same result, slower. `recompute = True` keeps a layer's input only and
     computes it again in the backward pass: the same result, a fraction of the memory, a third more
     time; not with "batchnorm", whose running statistics would count each batch twice.
     """
+
+    prepare = staticmethod(prepare)
 
     def __init__(self, in_channels=5, channels=768, depth=48, out_channels=384, norm="layernorm",
                  grids=GRIDS, **options):
@@ -231,50 +289,65 @@ class WaffleIron(nn.Module):
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("head", head, HEADS)
         self.crop = True
-        self.checkpoint = False
+        self.recompute = False
         self.embed = Embedding(in_channels, channels)
         block = channels, NORMS[norm], ACTIVATIONS[activation]
         self.spatial_mix = nn.ModuleList(SpatialMix(*block) for _ in range(depth))
         self.channel_mix = nn.ModuleList(ChannelMix(*block) for _ in range(depth))
         self.head = HEADS[head](channels, hidden, out_channels)
 
-    def forward(self, feats, cells, neighbors, batch):
-        """feats [N, Cin], cells [P, N], neighbors [N, K], batch [N] -> [N, Cout].
+    def forward(self, batch):
+        """A batch -> [N, Cout]. Its `view` [N] says which cloud a point is from; its `inputs` are
 
-        cells[p] is row * W + col on plane p of the cloud's own grid; neighbors index rows of the
-        whole batch and do not contain the point itself; all int64. Raises ValueError for a cell
-        outside its grid.
+            points [N, Cin]; cells [N, P]: cells[:, p] is row * W + col on plane p of the cloud's
+            own grid; neighbors [N, K]: rows of the whole batch, without the point itself.
+
+        All but the points are int64. Raises ValueError for a cell outside its grid.
         """
-        return self.head(self.features(feats, cells, neighbors, batch))
+        return self.head(self.features(batch))
 
-    def features(self, feats, cells, neighbors, batch):
+    def features(self, batch):
         """What the head is put on: [N, channels], in float32 under autocast too."""
-        clouds = int(batch.max()) + 1
-        windows = [plan_window(plane, batch, clouds, grid, self.crop)
-                   for plane, grid in zip(cells, self.spec["grids"], strict=True)]
+        points, cells, neighbors = (batch["inputs"][n] for n in ("points", "cells", "neighbors"))
+        view = batch["view"]
+        clouds = int(view.max()) + 1
+        windows = [plan_window(plane, view, clouds, grid, self.crop)
+                   for plane, grid in zip(cells.unbind(1), self.spec["grids"], strict=True)]
         # Under autocast the layers give bfloat16, but the residual stream stays in float32: 96 sums
         # pass through it.
-        x = self.embed(feats, neighbors).to(feats.dtype)
+        x = self.embed(points, neighbors).to(points.dtype)
         for i in range(self.spec["depth"]):
-            arguments = i, x, windows[i % len(windows)], batch, clouds
-            if self.checkpoint and torch.is_grad_enabled():
+            arguments = i, x, windows[i % len(windows)], view, clouds
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self.layer, *arguments, use_reentrant=False)
             else:
                 x = self.layer(*arguments)
         return x
 
-    def layer(self, i, x, window, batch, clouds):
+    def layer(self, i, x, window, view, clouds):
         """Layer i: [N, C] -> [N, C]."""
-        x = x + self.drop_path(self.spatial_mix[i](x, window), batch, clouds)
-        return x + self.drop_path(self.channel_mix[i](x), batch, clouds)
+        x = x + self.drop_path(self.spatial_mix[i](x, window), view, clouds)
+        return x + self.drop_path(self.channel_mix[i](x), view, clouds)
 
-    def drop_path(self, branch, batch, clouds):
+    def drop_path(self, branch, view, clouds):
         """Stochastic depth (Huang et al., 2016), one draw a cloud, as elsewhere one an image."""
         keep = 1 - self.spec["drop_path"]
         if not self.training or keep == 1:
             return branch
         kept = torch.rand(clouds, device=branch.device) < keep
-        return branch * (kept / keep)[batch].unsqueeze(1)
+        return branch * (kept / keep)[view].unsqueeze(1)
+
+    def use(self, samplings):
+        """Take the planes of clouds of {dataset: sampling}; no weight depends on them.
+
+        Raises InputError where the datasets' differ.
+        """
+        of_each = {plane_sizes(sampling["fov"], sampling["cell"])
+                   for sampling in samplings.values()}
+        if len(of_each) > 1:
+            raise InputError(f"--data: {' and '.join(samplings)} have planes of other sizes; give "
+                             "one --fov and --cell for all")
+        self.spec["grids"] = of_each.pop()
 
     def fingerprint(self):
         """What this encoder is, wherever its weights came from: see plumbing/fingerprint.py."""
@@ -287,75 +360,41 @@ def check_choice(name, value, known):
         raise ValueError(f"{name} is {value!r}, not one of {', '.join(known)}")
 
 
-# ---- weights -------------------------------------------------------------------------------------
+# ---- what stage 1 and a checkpoint need ----------------------------------------------------------
 
-def from_released(state_dict, grids=GRIDS, subject="state_dict"):
-    """A WaffleIron with published weights, in float32.
+NETWORK = WaffleIron  # NETWORK(**spec) is the network of a checkpoint
 
-    Args:
-        state_dict: {published name: tensor}, as `unwrapped` takes it, with one of three heads: a
-            linear layer (`classif`: WaffleIron, ScaLR), BatchNorm and a linear layer (`classif.0`,
-            `.1`: ScaLR downstream) or an MLP (`classif.0`, `.2`: ScaLR+).
-        grids: as for WaffleIron; they are not in the weights.
-        subject: what an error message begins with.
-    Raises InputError, naming the first five differences, for missing or unexpected names and wrong
-    shapes.
 
-    Sizes, norm and head are inferred from names and shapes. With an MLP it is ScaLR+, which has
-    GELU in the blocks and was trained with a drop path of 0.2. GELU is not in the weights: under
-    another head, as after fine-tuning, ScaLR+ would be taken for ScaLR.
+def build(args, samplings, out_channels):
+    """The 3D encoder of stage1.py's flags, for {dataset: sampling}.
+
+    Raises InputError for --recompute with BatchNorm, and for planes that do not fit.
     """
-    subject = (f'{subject}: not the weights of a published WaffleIron, as "model_point" in '
-               'ScaLR\'s model.pth and "net" in ckpt_last.pth are')
-    if not isinstance(state_dict, dict):
-        raise InputError(f"{subject}: this is a {type(state_dict).__name__}")
-    state = unwrapped(state_dict, subject)
-    with torch.device("meta"):  # costs nothing until names and shapes are known to fit
-        model = WaffleIron(**arguments_of(state, subject), grids=grids)
-    names = {name: published(name, value.shape) for name, value in model.state_dict().items()}
-    check_fit(state, dict(names.values()), subject)
-    ours = {name: state[names[name][0]].reshape(value.shape)
-            for name, value in model.state_dict().items()}
-    model.to_empty(device="cpu").load_state_dict(ours)
-    return model
+    norm = args.norm or ("layernorm" if args.channels == 768 else "batchnorm")
+    if args.recompute and norm == "batchnorm":
+        raise InputError("--recompute: not with BatchNorm in the layers, which would count each "
+                         "batch twice; --norm layernorm has none")
+    for sampling in samplings.values():
+        check_sampling(sampling)
+    waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels,
+                            norm=norm)
+    waffleiron.use(samplings)
+    waffleiron.recompute = args.recompute
+    return waffleiron
 
 
-def load_waffleiron(path):
-    """A file of weights, or its folder -> (WaffleIron on the CPU, the checkpoint it is from).
-
-    Either a checkpoint of stage1.py (last.pth), returned whole beside the model; or a released file
-    of ScaLR, ScaLR+ or WaffleIron (model.pth, ckpt_last.pth), known by its entry "model_point",
-    "model_points" or "net". The latter holds nothing but weights: the dict beside the model is
-    empty, the planes are `GRIDS`, and the callers take ScaLR's settings. (The original WaffleIron
-    for nuScenes had others, ±50 m in cells of 60 cm: `from_released` takes its grids.)
-
-    Raises InputError, naming the file and the way out, where it is missing, would run code, holds
-    something else, or its weights do not fit.
-    """
-    files = [Path(path) / name for name in ("last.pth", "model.pth", "ckpt_last.pth")]
-    path = next((file for file in files if file.is_file()), path)
-    content = read(path)
-    keys = list(content) if isinstance(content, dict) else []
-    for entry in RELEASED:
-        if entry in keys:
-            return from_released(content[entry], subject=path), {}
-    if "kind" not in keys:
-        held = f"the keys {keys[:5]}" if keys else f"a {type(content).__name__}"
-        raise InputError(f"{path}: not a stage-1 checkpoint, nor released weights under "
-                         f"{', '.join(RELEASED)}: it holds {held}; give what stage1.py wrote, or "
-                         "ScaLR's model.pth")
-    check_kind(content, path, "point_encoder")
-    say_if_unfinished(content, path)
-    try:
-        with torch.device("meta"):
-            model = WaffleIron(**content["waffleiron"])
-        state = dict(content["model"])
-    except Exception as error:  # whatever the lookups or the constructor make of another version
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"{path}: no WaffleIron can be built from it ({type(error).__name__}: "
-                         f"{reason}); is it of another version? Write it anew with "
-                         "stage1.py") from error
-    load_strictly(model.to_empty(device="cpu"), state,
-                  f'{path}: its weights do not fit its "waffleiron" arguments; write it anew with '
-                  "stage1.py")
-    return model, content
+def check_sampling(sampling):
+    """Raise InputError for a field of view that cells or voxels do not fit."""
+    cell = sampling["cell"]
+    voxel = sampling["voxel"]
+    for side in sampling["fov"]:
+        cells = 2 * side / cell
+        if cells > 1e5:
+            raise InputError(f"--cell {cell:g}: twice --fov {side:g} has more than 100,000 of "
+                             "them; take larger ones")
+        if round(cells) < 1 or abs(cells - round(cells)) > 1e-6 * cells:
+            raise InputError(f"--cell {cell:g}: twice --fov {side:g} is not a whole number of "
+                             "cells")
+        if side / voxel >= 2**20:
+            raise InputError(f"--voxel {voxel:g}: --fov {side:g} has more than a million of "
+                             "them; take larger ones")

@@ -14,6 +14,7 @@ import torch
 
 from plumbing.errors import InputError
 from plumbing.training import rank
+from plumbing.weights import LAYOUT
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
@@ -40,7 +41,7 @@ def save(path, content):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save(content, file)
+            torch.save(content | {"layout": LAYOUT}, file)
             # What is renamed must be on the disk, or a power cut leaves the new name on nothing
             file.flush()
             os.fsync(file.fileno())

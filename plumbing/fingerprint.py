@@ -35,12 +35,24 @@ def of_weights(module):
     return digest(parts())
 
 
-def with_files(index, rows, labels):
-    """The fingerprint of frames (of an `Index` or `ImageIndex`) and of their files.
+def of_frames(tables, labels=False, files=False):
+    """What the frames of some `FrameTable`s are, wherever they lie.
 
-    The files may change while the tables stay the same.
+    labels: their labels count too. files: so do the files, which may change while the tables stay
+    the same.
     """
-    return index.fingerprint(rows, labels) | {"files": index.files(rows, labels)}
+    each = []
+    for table in tables:
+        of_table = table.fingerprint(labels)
+        each.append(of_table | {"files": table.files(labels)} if files else of_table)
+    if len(each) == 1:
+        return each[0]
+    both = {}
+    for one in each:
+        for name, value in one.items():
+            both.setdefault(name, []).append(value)
+    return {name: sum(values) if isinstance(values[0], int) else digest(map(str.encode, values))
+            for name, values in both.items()}
 
 
 def words(fingerprint):

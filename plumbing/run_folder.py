@@ -22,11 +22,11 @@ from plumbing.endings import obey_second_signal
 from plumbing.errors import InputError, say
 from plumbing.fingerprint import differences
 from plumbing.training import rank, sum_over_processes, world
-from plumbing.weights import read
+from plumbing.weights import is_outdated, read
 
 # Arguments that may differ when a run is resumed
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart",
-              "checkpoint"}
+              "recompute"}
 # Arguments that say where a source is, and the source. Its fingerprint is compared instead
 WHERE = {"version": "frames", "encoder": "encoder", "weights": "encoder", "hub": "encoder",
          "feature": "encoder", "stage1": "stage1"}
@@ -53,6 +53,14 @@ def find_last(args, made_from=None):
         if damaged:
             raise InputError(f"{damaged[0]}: not a checkpoint, or damaged; "
                              "delete it or choose another --out")
+        return None
+
+    if is_outdated(checkpoint):
+        if not args.restart:
+            raise InputError(f"--out {args.out} holds a run of an earlier version of this project, "
+                             "whose flags and keys had other names; choose another --out, or add "
+                             "--restart to set that run's files aside")
+        _set_aside(out)
         return None
 
     # Is it the same run? A source whose fingerprints are known may have another path

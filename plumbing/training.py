@@ -22,9 +22,12 @@ def add_arguments(parser, out_required=True):
     """The flags that all training scripts share."""
     add = parser.add_argument
     # data and folder
-    add("--data", required=True, help="nuScenes root: the folder with samples/ and v1.0-*/")
-    add("--version", default="v1.0-trainval",
-        help="version folder of the root (default: %(default)s)")
+    add("--data", required=True,
+        help="NAME=PATH, several with commas between; NAME is a file of readers/ (a bare path: "
+             "nuscenes)")
+    add("--version",
+        help="version folder of nuScenes or nuImages (default: v1.0-trainval; v1.0-train and "
+             "v1.0-val)")
     add("--out", required=out_required,
         help="folder for last.pth and log.jsonl; a run found there is resumed")
     add("--limit", type=COUNT, help="use only so many frames, spread evenly (default: all)")
@@ -232,6 +235,8 @@ def to_device(batch, device):
     """
     moved = {}
     for name, value in batch.items():
+        if isinstance(value, dict):
+            value = to_device(value, device)
         moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
     if "image" in moved:
         moved["image"] = moved["image"].float() / 255

@@ -22,6 +22,7 @@ NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # makes a number of a type and byt
 ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
            (NUMPY_NUMBER, "numpy.core.multiarray.scalar"),   # its name in numpy 1
            (NUMPY_NUMBER, "numpy._core.multiarray.scalar")]  # and in numpy 2
+LAYOUT = 2  # of the checkpoints that plumbing/atomic.py writes: count up when keys change
 WHO_WRITES = {  # kind of checkpoint: script
     "point_encoder": "stage1.py", "image_encoder": "stage2.py", "probe": "probe.py",
     "2d_head": "experiments.ablations 2d-head"}
@@ -111,12 +112,21 @@ def load_checkpoint(path, kind):
 def check_kind(content, path, kind):
     """Raise InputError unless the content of a file is a checkpoint of this kind."""
     found = content.get("kind") if isinstance(content, dict) else None
+    if found in WHO_WRITES and is_outdated(content):
+        raise InputError(f"{path}: written by an earlier version of this project, whose checkpoints "
+                         f"have other keys; write it anew with {WHO_WRITES[found]}")
     if found == kind:
         return
     is_kind = "not a checkpoint of this project"
     if found in WHO_WRITES:
         is_kind = f"a checkpoint of kind {found}"
     raise InputError(f"{path}: {is_kind}, but {kind} is needed here; {WHO_WRITES[kind]} writes it")
+
+
+def is_outdated(content):
+    """Whether a run's checkpoint is of a version whose flags and keys had other names."""
+    of_run = isinstance(content.get("args"), dict) and "precision" in content["args"]
+    return of_run and content.get("layout") != LAYOUT
 
 
 def say_if_unfinished(content, path):

@@ -176,11 +176,11 @@ def wider_labels(size, count):
     return f"{bits:.0f}-bit labels? Write one byte a point" if bits in (16, 32, 64) else ""
 
 
-def read_labels(path, coarse, count):
-    """Classes `[count]` (index into readers.nuscenes.CLASSES, 0 ignored) of a lidarseg file."""
+def read_labels(path, coarse, count=None):
+    """Classes of a lidarseg file `[count]`, one byte a point; coarse: [256], each byte's class."""
     content = read_bytes(path)
     fine = np.frombuffer(content, np.uint8)
-    if len(fine) != count:
+    if count is not None and len(fine) != count:
         guess = looks_like(content) or wider_labels(len(fine), count)
         raise InputError(f"{path}: {len(fine)} labels for {count} points; {way_out(guess)}")
     classes = coarse[fine]
@@ -194,7 +194,8 @@ def read_labels(path, coarse, count):
 # ---- images ------------------------------------------------------------------------------------
 
 def read_image(path, size, raw_size=None):
-    """The image resized to `size` = (H, W), bilinear with antialiasing: uint8 `[3, H, W]`.
+    """The image resized to `size` = (H, W), bilinear with antialiasing: a
+    uint8 tensor `[3, H, W]`.
 
     raw_size: (H, W) that it must have, or None. Raises InputError for another size, for anything
     but 8-bit RGB or grey, and for damage. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its
@@ -227,7 +228,7 @@ def read_image(path, size, raw_size=None):
 
     # This is PIL's bilinear resize to one level of 255, and faster
     small = F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)
-    return small[0].numpy()
+    return small[0]
 
 
 # ---- JPEG --------------------------------------------------------------------------------------

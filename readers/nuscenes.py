@@ -1,128 +1,149 @@
-"""Which frames nuScenes has: its tables, read once through nuscenes-devkit and kept in a cache.
+"""nuScenes: scans, six cameras, labels of points; conditions by the scenes' descriptions.
 
-    python -m readers.nuscenes --data /data/nuscenes    # look at every file, print counts
+    python -m readers.nuscenes --data /data/nuscenes        # look at every file, print the counts
+
+nuscenes-devkit reads its tables. What the names of this file mean is said in readers/table.py.
 """
-import dataclasses
+import functools
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.arguments import Parser
-from plumbing.errors import InputError, one_line_errors
+from plumbing.errors import InputError
 from plumbing.fingerprint import digest
-from readers.table import (UNKNOWN, all_there, as_bytes, cached, check_files, damage_named, ends_of,
-                           spread)
+from readers.table import UNKNOWN, as_bytes, check_files, damage_named, main, size_of
 
+VERSION = "v1.0-trainval"
 CONDITIONS = ("day-clear", "day-rain", "night")
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT",
            "CAM_FRONT_LEFT")
 CLASSES = ("ignore", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle",
            "pedestrian", "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat",
            "sidewalk", "terrain", "manmade", "vegetation")
-# The fields of `Index` that are strings for each frame, kept as arrays of bytes
-STRINGS = {"scene", "split", "lidar", "lidarseg", "image", "record", "bad"}
+CLASS_OF = {  # lidarseg's categories, as the lidarseg challenge merges them
+    "human.pedestrian.adult": "pedestrian", "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "vehicle.car": "car", "vehicle.motorcycle": "motorcycle", "vehicle.bicycle": "bicycle",
+    "vehicle.bus.bendy": "bus", "vehicle.bus.rigid": "bus", "vehicle.truck": "truck",
+    "vehicle.construction": "construction_vehicle", "vehicle.trailer": "trailer",
+    "movable_object.barrier": "barrier", "movable_object.trafficcone": "traffic_cone",
+    "flat.driveable_surface": "driveable_surface", "flat.sidewalk": "sidewalk",
+    "flat.terrain": "terrain", "flat.other": "other_flat",
+    "static.manmade": "manmade", "static.vegetation": "vegetation"}
+IGNORED = ("noise", "animal", "human.pedestrian.personal_mobility", "human.pedestrian.stroller",
+           "human.pedestrian.wheelchair", "movable_object.debris",
+           "movable_object.pushable_pullable", "static_object.bicycle_rack", "static.other",
+           "vehicle.ego", "vehicle.emergency.ambulance", "vehicle.emergency.police")
+CLASS_OF |= dict.fromkeys(IGNORED, "ignore")
+# Hardly any of them is there at night (collaborative-distillation paper, C.3)
+LEFT_OUT = {"night": ("bus", "trailer", "construction_vehicle")}
+SAMPLING = {  # ScaLR, supplement B.2, and its configuration
+    "fov": (64.0, 64.0, 8.0),  # half extents along x, y, z [m]
+    "cell": 0.5,               # side of the planes' cells [m]
+    "voxel": 0.1,              # side of the voxels of which one point is kept [m]
+    "max_points": 20000,       # at most so many points: the ones nearest to a random one
+    "neighbors": 16,           # of a point, in the embedding
+    "intensity": (18.742355, 22.04632),  # mean and standard deviation
+}
+STRINGS = ("scene", "split", "scan", "labels", "image", "record")  # columns of them
 NO_POSE = ("the calibration or ego pose of it or of one of its images is none (a rotation of "
            "length 0, or numbers that are not finite); extract the tables again")
 
 
-@dataclasses.dataclass
-class Index:
-    """F keyframes of C cameras of a nuScenes version. Strings are bytes, paths relative to root."""
-    root: str
-    cameras: list            # C channel names
-    scene: np.ndarray        # [F]
-    split: np.ndarray        # [F] b"train", b"val", b"test"
-    condition: np.ndarray    # [F] index into CONDITIONS
-    lidar: np.ndarray        # [F] path
-    lidarseg: np.ndarray     # [F] path, b"" where there are no labels
-    image: np.ndarray        # [F, C] path
-    image_size: np.ndarray   # [F, C, 2] height, width
-    cam_from_lidar: np.ndarray   # [F, C, 4, 4] float64, see `_cam_from_lidar`
-    intrinsics: np.ndarray   # [F, C, 3, 3]
-    coarse: np.ndarray       # [256] lidarseg's fine label -> index into CLASSES, or UNKNOWN
-    record: np.ndarray       # [F] hash of all that the tables say of the frame and its images
-    disputed: np.ndarray     # [D] a line for each scene whose published condition is another
-    bad: np.ndarray          # [F] b"", or why the frame cannot be used
+# ---- files ---------------------------------------------------------------------------------------
 
-    def select(self, split, conditions=CONDITIONS, limit=None, percent=100, skip_bad=False):
-        """The numbers of a split's frames under these conditions: at most `limit`, evenly spread.
+def scan(path):
+    """[A, 4]: x, y, z [m], intensity 0..255."""
+    from readers.files import read_scan  # here, because it needs torch, which tables do not
+    return read_scan(path)
 
-        percent: only every (100 / percent)-th scene of the split counts, in the order of the scene
-        table. This is what SLidR's public loader does: 1 % are the 100th, 200th, ... 700th of
-        nuScenes' 700 training scenes. Raises InputError if there is no such frame and, unless
-        skip_bad, if one of them is bad.
-        """
-        # The scenes, in the order of the scene table
-        of_split = self.split == split.encode()
-        names, first = np.unique(self.scene[of_split], return_index=True)
-        every = 100 // percent
-        scenes = names[first.argsort()][every - 1::every]
-        if len(names) and len(scenes) == 0:
-            raise InputError(f"--percent {percent}: every {every}th scene is taken, and --data "
-                             f"{self.root} has only {len(names)} of split '{split}'; "
-                             "leave --percent out")
 
-        # Their frames under these conditions
-        wanted = np.isin(self.condition, [CONDITIONS.index(name) for name in conditions])
-        rows = np.flatnonzero(np.isin(self.scene, scenes) & wanted & of_split)
-        rows = spread(rows, limit)
-        if len(rows) == 0:
-            raise InputError(f"--data {self.root}: no frame of split '{split}' under "
-                             f"{', '.join(conditions)}; `python -m readers.nuscenes --data "
-                             f"{self.root}` prints what is there")
+def labels(path, count=None):
+    """Classes [A] of the `count` points of a scan, indices into CLASSES: a file of lidarseg."""
+    from readers.files import read_labels
+    version = Path(path).parent  # ROOT/lidarseg/VERSION
+    return read_labels(path, label_map(version.parent.parent, version.name), count)
 
-        bad = self.bad[rows]
-        bad = bad[bad != b""]
-        if len(bad) and not skip_bad:
-            raise InputError(f"--data {self.root}: {len(bad)} of {len(rows)} frames are bad, the "
-                             f"first: {bad[0].decode()}")
-        return rows
 
-    def fingerprint(self, rows, labels=False):
-        """What the tables say of these frames (and their labels): see plumbing/fingerprint.py."""
-        parts = [b"\n".join(self.record[rows])]
-        if labels:
-            parts += [b"\n".join(self.lidarseg[rows]), self.coarse.tobytes()]
-        scenes = np.unique(self.scene[rows])
-        return {"frames": len(rows), "scenes": len(scenes), "tables": digest(parts)}
+@functools.cache
+def label_map(root, version):
+    """The class of each label of lidarseg, uint8 [256], by the table of categories."""
+    classes = np.full(256, UNKNOWN, np.uint8)
+    for category in json.loads((root / version / "category.json").read_bytes()):
+        if category["name"] in CLASS_OF:
+            classes[category["index"]] = CLASSES.index(CLASS_OF[category["name"]])
+    return classes
 
-    def files(self, rows, labels=False):
-        """A hash of the files of these frames. Raises InputError if one is missing.
 
-        It is of the images' sizes, of the scans' sizes and ends and, with `labels`, of all labels.
-        """
-        images = all_there(self.root, self.image[rows].flatten())
-        scans = all_there(self.root, self.lidar[rows])
-        sizes = [file.stat().st_size for file in images]
-        parts = [repr(sizes).encode(), *map(ends_of, scans)]
-        if labels:
-            parts += [file.read_bytes() for file in all_there(self.root, self.lidarseg[rows])]
-        return digest(parts)
+def sources(root, version=VERSION):
+    """The JSON files of a version. Raises InputError for a wrong root or version."""
+    folder = root / version
+    if not (folder / "sample_data.json").is_file():
+        there = sorted(path.name for path in root.glob("v1.0-*") if path.is_dir())
+        if there:
+            raise InputError(f"--data {root}: no --version {version}; there is {', '.join(there)}")
+        raise InputError(f"--data {root}: not a nuScenes root (no folder v1.0-*); download "
+                         "nuScenes, or make the miniature world with demo.py")
+    return sorted(folder.glob("*.json"))
 
-    def summary(self):
-        """The counts per split and condition as a printable table, and the disputed scenes."""
-        labelled = self.lidarseg != b""
-        lidarseg = "in part"
-        if labelled.all():
-            lidarseg = "yes"
-        elif not labelled.any():
-            lidarseg = "no"
-        lines = [f"{self.root}: {len(self.scene)} frames, {len(self.cameras)} cameras, "
-                 f"lidarseg: {lidarseg}",
-                 f"  {'split':6} {'condition':10} scenes  frames  images"]
-        for split in np.unique(self.split):
-            for number, name in enumerate(CONDITIONS):
-                rows = (self.split == split) & (self.condition == number)
-                frames = rows.sum()
-                if frames:
-                    scenes = len(np.unique(self.scene[rows]))
-                    images = frames * len(self.cameras)
-                    counts = f"{scenes:6}  {frames:6}  {images:6}"
-                    lines.append(f"  {split.decode():6} {name:10} {counts}")
-        return "\n".join([*lines, *np.char.decode(self.disputed)])
+
+def check(root, version=VERSION):
+    """Raise InputError if maps or labels of points are wrong: the devkit would blame the tables."""
+    with damage_named(root, version):
+        _check_beside(root, version)
+
+
+def damage(root, columns, row):
+    """What is wrong with a frame: no pose, an empty file, a scan cut short, labels missing."""
+    path = columns["scan"][row].decode()
+    posed = np.isfinite(columns["cam_from_lidar"][row]).all()
+    if not (posed and np.isfinite(columns["intrinsics"][row]).all()):
+        return f"{path}: {NO_POSE}"
+    images = np.char.decode(columns["image"][row])
+    return _damage(root, path, columns["labels"][row].decode(), images)
+
+
+def _check_beside(root, version):
+    def named(table):
+        path = root / version / f"{table}.json"
+        if not path.is_file():
+            return []
+        return [record["filename"] for record in json.loads(path.read_bytes())]
+
+    check_files(root, named("map"),
+                "they are in the archive of the metadata: extract all of it, maps/ too")
+    for table, archive, ending in (("lidarseg", "nuScenes-lidarseg", ".bin"),
+                                   ("panoptic", "nuScenes-panoptic", ".npz")):
+        files = named(table)
+        check_files(root, files, f"extract {archive} into this folder, all of it")
+        there = sum(file.suffix == ending for file in (root / table / version).glob("*"))
+        if files and there > len(files):
+            raise InputError(f"--data {root}: {there} files in {table}/{version}, but {table}.json "
+                             f"names {len(files)}; remove those that are not of this version")
+
+
+def _damage(root, scan, labels, images):
+    """What is wrong with a frame's files: one empty, a scan cut short, labels missing; else ""."""
+    for path in (scan, *images):
+        if size_of(root, path) == 0:
+            return f"{path} is empty; extract it again"
+    size = size_of(root, scan)
+    if size % 20 == 0 and (not labels or size_of(root, labels) * 20 == size):
+        return ""
+
+    # readers.files needs torch, and only a damaged frame needs readers.files
+    from readers.files import looks_like, other_layout, way_out, wider_labels
+    content = Path(root, scan).read_bytes()
+    guess = looks_like(content) or other_layout(content)
+    if labels and not guess:
+        guess = wider_labels(size_of(root, labels), size / 20)
+    wrong = f"{scan} has {size} bytes, not 20 a point"
+    if labels:
+        wrong += f" with one label each in {labels}"
+    return f"{wrong}; {way_out(guess)}"
 
 
 # ---- conditions --------------------------------------------------------------------------------
@@ -150,121 +171,29 @@ def published_condition_of(description):
     return CONDITIONS.index("day-rain" if "rain" in text else "day-clear")
 
 
-# ---- the index ---------------------------------------------------------------------------------
-
-def load_index(root, version="v1.0-trainval", here=False, look=True):
-    """The `Index` of a nuScenes root, from the cache unless the tables have changed since.
-
-    here: build it in this process. Else this file does, run as a script, so that a training process
-    never holds the devkit's tables.
-    look: True looks at every file anew. None looks at the tables' content only, where the caller
-    looks at the files that it needs. False trusts the cache and looks only at the frames that were
-    bad; it is for training.
-    Raises InputError for a wrong root or version and for files that the tables name but that are
-    not there. A frame whose scan is cut short or whose calibration is no pose is `bad`.
-    """
-    root = Path(root).resolve()
-    if not (root / version / "sample_data.json").is_file():
-        there = sorted(path.name for path in root.glob("v1.0-*") if path.is_dir())
-        if there:
-            raise InputError(f"--data {root}: no --version {version}; there is {', '.join(there)}")
-        raise InputError(f"--data {root}: not a nuScenes root (no folder v1.0-*); download "
-                         "nuScenes, or make the miniature world with demo.py")
-    fields = cached(Index, root, [root / version], "readers.nuscenes", ["--version", version], here,
-                    lambda: _read_tables(str(root), version), look is not False)
-    cameras = [name.decode() for name in fields.pop("cameras")]
-    index = Index(root=str(root), cameras=cameras, **fields)
-    if look:
-        with damage_named(root, version):
-            check_beside(root, version)
-        paths = (*index.lidar, *index.lidarseg, *index.image.flat)
-        all_there(root, [path for path in paths if path])
-
-    # Since the cache was written, a file may have been damaged or repaired
-    reasons = index.bad.tolist()
-    asked = bool(look) | (index.bad != b"")
-    for row in np.flatnonzero(asked & _posed(index.cam_from_lidar, index.intrinsics)):
-        images = np.char.decode(index.image[row])
-        reason = _damage(root, index.lidar[row].decode(), index.lidarseg[row].decode(), images)
-        reasons[row] = reason.encode()
-    index.bad = np.array(reasons, np.bytes_)
-    return index
-
-
-def check_beside(root, version):
-    """Raise InputError if maps or labels of points are wrong: the devkit would blame the tables."""
-    def named(table):
-        path = root / version / f"{table}.json"
-        if not path.is_file():
-            return []
-        return [record["filename"] for record in json.loads(path.read_bytes())]
-
-    check_files(root, named("map"),
-                "they are in the archive of the metadata: extract all of it, maps/ too")
-    for table, archive, ending in (("lidarseg", "nuScenes-lidarseg", ".bin"),
-                                   ("panoptic", "nuScenes-panoptic", ".npz")):
-        files = named(table)
-        check_files(root, files, f"extract {archive} into this folder, all of it")
-        there = sum(file.suffix == ending for file in (root / table / version).glob("*"))
-        if files and there > len(files):
-            raise InputError(f"--data {root}: {there} files in {table}/{version}, but {table}.json "
-                             f"names {len(files)}; remove those that are not of this version")
-
-
-def _damage(root, scan, labels, images):
-    """What is wrong with a frame's files: one empty, a scan cut short, labels missing; else ""."""
-    for path in (scan, *images):
-        if _size(root, path) == 0:
-            return f"{path} is empty; extract it again"
-    size = _size(root, scan)
-    if size % 20 == 0 and (not labels or _size(root, labels) * 20 == size):
-        return ""
-
-    # readers.files needs torch, and only a damaged frame needs readers.files
-    from readers.files import looks_like, other_layout, way_out, wider_labels
-    content = Path(root, scan).read_bytes()
-    guess = looks_like(content) or other_layout(content)
-    if labels and not guess:
-        guess = wider_labels(_size(root, labels), size / 20)
-    wrong = f"{scan} has {size} bytes, not 20 a point"
-    if labels:
-        wrong += f" with one label each in {labels}"
-    return f"{wrong}; {way_out(guess)}"
-
-
-def _size(root, path):
-    """The bytes of a file, 0 if there is none."""
-    file = os.path.join(root, path)
-    return os.path.getsize(file) if os.path.isfile(file) else 0
-
-
-def _posed(cam_from_lidar, intrinsics):
-    """Which frames have finite calibrations and poses: [F]."""
-    finite = np.isfinite(cam_from_lidar).all((1, 2, 3))
-    return finite & np.isfinite(intrinsics).all((1, 2, 3))
-
-
 # ---- nuScenes' tables --------------------------------------------------------------------------
 
-def _read_tables(root, version):
-    """The fields of `Index` from the dataset's own tables, through nuscenes-devkit."""
+def table(root, version=VERSION):
+    """The keyframes of a version: the columns that readers/table.py lists."""
     with damage_named(root, version):
-        check_beside(Path(root), version)
-        frames, coarse, cameras, disputed = _read_frames(root, version)
-        fields = {}
-        for name, values in frames.items():
-            fields[name] = as_bytes(values) if name in STRINGS else np.array(values)
-        views = len(fields["scene"]), len(cameras)
+        _check_beside(root, version)
+        columns = _read_frames(str(root), version)
+        frames, cameras = columns["image"].shape
         shapes = {"image_size": (2,), "cam_from_lidar": (4, 4), "intrinsics": (3, 3)}
         for name, shape in shapes.items():
-            if fields[name].shape != (*views, *shape) or fields[name].dtype.kind not in "iuf":
+            values = columns[name]
+            if values.shape != (frames, cameras, *shape) or values.dtype.kind not in "iuf":
                 numbers = " x ".join(map(str, shape))
                 raise ValueError(f"{name} of some image is not {numbers} numbers")
-    return fields | {"coarse": coarse, "cameras": as_bytes(cameras), "disputed": as_bytes(disputed)}
+        for name in ("scan", "labels", "image"):
+            check_files(root, [path.decode() for path in columns[name].flat if path])
+        reasons = [damage(root, columns, row) for row in range(frames)]
+        columns["bad"] = as_bytes(reasons)
+    return columns
 
 
 def _read_frames(root, version):
-    """Lists by name of `Index`'s fields, one entry a frame; its `coarse`, `cameras`, `disputed`."""
+    """The columns of `table` but for `bad`, through nuscenes-devkit."""
     from nuscenes.nuscenes import NuScenes
     nusc = NuScenes(version, root, verbose=False)
     split_of = _splits(version)
@@ -274,17 +203,17 @@ def _read_frames(root, version):
     cameras = [channel for channel in CAMERAS if channel in channels]
 
     # What the tables say of each frame
-    frames = {name: [] for name in ("scene", "split", "condition", "lidar", "lidarseg", "image",
+    frames = {name: [] for name in ("scene", "split", "condition", "scan", "labels", "image",
                                     "image_size", "cam_from_lidar", "intrinsics", "record")}
-    disputed = []
+    notes = []
     for scene in nusc.scene:
         condition = condition_of(scene["description"])
         published = published_condition_of(scene["description"])
         if condition != published:
             words = " ".join(scene["description"].split())
-            disputed.append(f"  {scene['name']}, \"{words}\": {CONDITIONS[condition]} here, "
-                            f"{CONDITIONS[published]} by md4all's rule, which looks inside of "
-                            "words")
+            notes.append(f"  {scene['name']}, \"{words}\": {CONDITIONS[condition]} here, "
+                         f"{CONDITIONS[published]} by md4all's rule, which looks inside of "
+                         "words")
         token = scene["first_sample_token"]
         while token:
             sample = nusc.get("sample", token)
@@ -295,26 +224,19 @@ def _read_frames(root, version):
             frames["scene"].append(scene["name"])
             frames["split"].append(split_of.get(scene["name"], "other"))
             frames["condition"].append(condition)
-            frames["lidar"].append(lidar["filename"])
-            frames["lidarseg"].append(labels.get(lidar["token"], ""))
+            frames["scan"].append(lidar["filename"])
+            frames["labels"].append(labels.get(lidar["token"], ""))
             frames["image"].append([view["filename"] for view in views])
             frames["image_size"].append([(view["height"], view["width"]) for view in views])
             frames["intrinsics"].append([mount["camera_intrinsic"] for mount in mounts[1:]])
             frames["cam_from_lidar"].append(_cam_from_lidar(mounts, egos))
-    coarse = _coarse(nusc) if labels else np.full(256, UNKNOWN, np.uint8)
 
-    # Whether their files are there and whole
-    named = [*frames["lidar"], *filter(None, frames["lidarseg"])]
-    for images in frames["image"]:
-        named += images
-    check_files(root, named)
-    frames["bad"] = []
-    posed = _posed(frames["cam_from_lidar"], frames["intrinsics"])
-    files = zip(frames["lidar"], frames["lidarseg"], frames["image"])
-    for good, (scan, label, images) in zip(posed, files):
-        reason = _damage(root, scan, label, images) if good else f"{scan}: {NO_POSE}"
-        frames["bad"].append(reason)
-    return frames, coarse, cameras, disputed
+    columns = {}
+    for name, values in frames.items():
+        columns[name] = as_bytes(values) if name in STRINGS else np.array(values)
+    if labels:
+        columns["label_map"] = label_map(Path(root), version)
+    return columns | {"cameras": as_bytes(cameras), "notes": as_bytes(notes)}
 
 
 def _splits(version):
@@ -326,15 +248,6 @@ def _splits(version):
     for split in ("train", "val", "test"):
         split_of |= dict.fromkeys(scenes.get(prefix + split, ()), split)
     return split_of
-
-
-def _coarse(nusc):
-    """The class of each fine label of lidarseg, uint8 [256]: `Index.coarse`."""
-    from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
-    coarse = np.full(256, UNKNOWN, np.uint8)
-    for fine, number in LidarsegClassMapper(nusc).fine_idx_2_coarse_idx_mapping.items():
-        coarse[fine] = number
-    return coarse
 
 
 def _records(nusc, sample, cameras):
@@ -349,7 +262,7 @@ def _records(nusc, sample, cameras):
 
 
 def _said(scene, condition, files, mounts, egos):
-    """All that the tables say of a frame, as bytes; of this `Index.record` is the hash."""
+    """All that the tables say of a frame, as bytes; of this its `record` is the hash."""
     said = [scene["name"], condition]
     for record in files:
         said += [record["filename"], record["height"], record["width"]]
@@ -380,19 +293,5 @@ def _pose(record, inverse=False):
     return transform_matrix(translation, Quaternion(rotation), inverse)
 
 
-@one_line_errors
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--data", required=True,
-                        help="nuScenes root: the folder with samples/ and v1.0-*/")
-    parser.add_argument("--version", default="v1.0-trainval",
-                        help="version folder (default: %(default)s)")
-    args = parser.parse_args()
-    index = load_index(args.data, args.version, here=True)
-    print(index.summary())
-    for reason in index.bad[index.bad != b""]:
-        print(f"bad: {reason.decode()}")
-
-
 if __name__ == "__main__":
-    main()
+    main("nuscenes")

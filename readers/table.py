@@ -1,144 +1,302 @@
-"""What every dataset's table needs: its cache, a choice of its rows, files that are there.
+"""What every dataset gives: a table of its frames, kept in a cache; and the choice of some of them.
 
-A table is a dict of arrays, {column: array}, read once from the dataset's own JSON files. Strings
-are bytes arrays (UTF-8), and paths are relative to the dataset's root.
+A dataset is a file readers/NAME.py, and `--data NAME=PATH` names it. Of these names a reader has
+those that its data has:
+
+    CLASSES     of labels, "ignore" first: class 0 is never learnt
+    SAMPLING    how a scan becomes a 3D encoder's input; with entries "probe" and "finetune" that
+                replace values for these tasks
+    CONDITIONS  columns of the results, in order; without it there is one, "full"
+    LEFT_OUT    {condition: classes left out of its mean IoU}
+    sources(root, **options)        files that the table is made of; InputError for a wrong root
+    table(root, **options)          {column: array}, read once and cached
+    check(root, **options)          InputError where files beside the frames' own are wrong
+    damage(root, columns, row)      what is wrong with a frame's files, in words; "" for nothing
+    scan(path)                      [A, 4]: x, y, z [m], intensity
+    labels(path, count=None)        classes [A] of a scan's `count` points, or [H, W] of pixels
+    labels_of(root, columns, row)   the same where the labels stand in the table itself
+    depth(path)                     [H, W] metres, 0 where unknown
+
+The columns of a table have a row a frame (F frames of C cameras). Strings are bytes (UTF-8), paths
+are relative to root. The first three are in every table:
+
+    split [F] b"train", b"val" or b"test"; image [F, C] paths; image_size [F, C, 2] height, width
+    cameras [C] names; scene [F]; condition [F] index into CONDITIONS; scan [F] path;
+    labels [F] path, b"" where there are none; depth [F, C] path;
+    cam_from_lidar [F, C, 4, 4]; intrinsics [F, C, 3, 3];
+    record [F] hash of all that the dataset's tables say of the frame; bad [F] b"", or why the
+    frame cannot be used; label_map, what else the classes depend on; notes, lines to print
 """
 import contextlib
-import dataclasses
 import functools
-import hashlib
+import importlib
+import inspect
+import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
+import re
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.errors import InputError
+from plumbing.arguments import Parser
+from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import digest
+from readers.cache import cached
 
-FORMAT = 5  # of the cache: count up when what is stored changes
-PROJECT = Path(__file__).resolve().parent.parent
 UNKNOWN = 255  # class of a label that is of no category
 
 
-# ---- the cache ---------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------
 
-def cached(kind, root, tables, module, arguments, here, build, look):
-    """The table of a dataset, {name: array}: the fields of the dataclass `kind` but for `root`.
+class FrameTable:
+    """The frames `rows` of a dataset. `table["image"]` is a column, of all frames.
 
-    It comes from the cache while no JSON file in the folders `tables` has another size or date or,
-    with `look`, another content. Else it is made anew: by `build()` if `here`, else by a process
-    `python -m MODULE --data ROOT *arguments`, which does the same. Raises InputError as these do, and where
-    the cache cannot be written.
+    name: of the dataset. reader: its module. conditions: names, to which "condition" has indices.
+    sampling: how its scans become points; SAMPLING unless a script sets another.
     """
-    state = state_of(tables)
-    folder = cache_folder(cache_key(module, arguments, state))
-    names = {field.name for field in dataclasses.fields(kind)} - {"root"} | {"content"}
-    for _ in range(2):
-        # What the cache holds
-        try:
-            fields = load_arrays(folder, names)
-            content = fields.pop("content").item().decode()
-            if not look or content == content_of(tuple(tables), state):
-                return fields
-        except (OSError, ValueError, EOFError):  # it is not there, or not whole
-            pass
 
-        # Make it anew, and read that
-        shutil.rmtree(folder, ignore_errors=True)
-        if here:
-            fields = build()
-            fields["content"] = np.bytes_(content_of(tuple(tables), state))
-            store_arrays(folder, fields)
-        else:
-            build_elsewhere(module, root, arguments)
-    raise InputError(f"{folder}: the index cannot be kept there; mend that folder, or set "
-                     "XDG_CACHE_HOME to another")
+    def __init__(self, reader, root, columns, conditions=(), rows=None):
+        self.reader = reader
+        self.name = reader.__name__.rpartition(".")[2]
+        self.root = str(root)
+        self.columns = columns
+        self.conditions = tuple(conditions)
+        self.rows = np.arange(len(columns["split"])) if rows is None else rows
+        self.sampling = getattr(reader, "SAMPLING", None)
+        self.cameras = []
+        if "cameras" in columns:
+            self.cameras = [name.decode() for name in columns["cameras"]]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, column):
+        return self.columns[column]
+
+    def __contains__(self, column):
+        return column in self.columns
+
+    def only(self, rows):
+        """The same dataset with other rows."""
+        other = FrameTable(self.reader, self.root, self.columns, self.conditions, rows)
+        other.sampling = self.sampling
+        return other
+
+    def path(self, column, *place):
+        """The file of a column of paths, at (row,) or (row, camera)."""
+        return os.path.join(self.root, self.columns[column][place].decode())
+
+    def labels(self, row, count=None):
+        """Classes of a frame's `count` points [A], or of its pixels [H, W]."""
+        if hasattr(self.reader, "labels_of"):
+            return self.reader.labels_of(self.root, self.columns, row)
+        return self.reader.labels(self.path("labels", row), count)
+
+    def select(self, split, conditions=None, percent=100, skip_bad=False):
+        """The frames of a split under these conditions (default: all).
+
+        percent: only every (100 / percent)-th scene of the split counts, in the order of the
+        dataset's own table. This is what SLidR's public loader does: 1 % are the 100th, 200th, ...
+        700th of nuScenes' 700 training scenes. Of a dataset without scenes it is every so many-th
+        frame, from the first on. A dataset that states no conditions is taken whole.
+        Raises InputError if there is no such frame and, unless skip_bad, if one of them is bad.
+        """
+        chosen = self["split"][self.rows] == split.encode()
+        rows = self._share(self.rows[chosen], split, 100 // percent)
+        if conditions is not None and self.conditions:
+            unknown = [name for name in conditions if name not in self.conditions]
+            if unknown:
+                raise InputError(f"--conditions {unknown[0]}: --data {self.root} has "
+                                 f"{', '.join(self.conditions)}")
+            numbers = [self.conditions.index(name) for name in conditions]
+            rows = rows[np.isin(self["condition"][rows], numbers)]
+        if len(rows) == 0:
+            under = f" under {', '.join(conditions or self.conditions)}" if self.conditions else ""
+            raise InputError(f"--data {self.root}: no frame of split '{split}'{under}; `python -m "
+                             f"readers.{self.name} --data {self.root}` prints what is there")
+        if "bad" in self and not skip_bad:
+            bad = self["bad"][rows]
+            bad = bad[bad != b""]
+            if len(bad):
+                raise InputError(f"--data {self.root}: {len(bad)} of {len(rows)} frames are bad, "
+                                 f"the first: {bad[0].decode()}")
+        return self.only(rows)
+
+    def _share(self, rows, split, every):
+        """The rows of every so many-th scene, or frame."""
+        if "scene" not in self:
+            return rows[::every]
+        names, first = np.unique(self["scene"][rows], return_index=True)
+        scenes = names[first.argsort()][every - 1::every]
+        if len(names) and len(scenes) == 0:
+            raise InputError(f"--percent {100 // every}: every {every}th scene is taken, and "
+                             f"--data {self.root} has only {len(names)} of split '{split}'; "
+                             "leave --percent out")
+        return rows[np.isin(self["scene"][rows], scenes)]
+
+    def scenes(self):
+        """The names of the scenes that the frames are of; none where the dataset has no scenes."""
+        if "scene" not in self:
+            return []
+        return np.char.decode(np.unique(self["scene"][self.rows])).tolist()
+
+    def fingerprint(self, labels=False):
+        """What the tables say of these frames (and their labels): see plumbing/fingerprint.py."""
+        parts = [b"\n".join(self["record"][self.rows])]
+        if labels and "labels" in self:
+            parts.append(b"\n".join(self["labels"][self.rows]))
+        if labels and "label_map" in self:
+            parts.append(self["label_map"].tobytes())
+        if self.conditions != tuple(getattr(self.reader, "CONDITIONS", ())):  # conditions.json
+            parts.append(repr(self.conditions).encode())
+            parts.append(self["condition"][self.rows].astype("<i8").tobytes())
+        counts = {"frames": len(self.rows)}
+        if "scene" in self:
+            counts["scenes"] = len(self.scenes())
+        return counts | {"tables": digest(parts)}
+
+    def files(self, labels=False):
+        """A hash of the files of these frames. Raises InputError if one is missing.
+
+        It is of the images' sizes, of the scans' sizes and ends and, with `labels`, of all labels.
+        """
+        images = all_there(self.root, self["image"][self.rows].flatten())
+        sizes = [file.stat().st_size for file in images]
+        parts = [repr(sizes).encode()]
+        if "scan" in self:
+            parts += map(ends_of, all_there(self.root, self["scan"][self.rows]))
+        if labels and "labels" in self:
+            parts += [file.read_bytes() for file in all_there(self.root, self["labels"][self.rows])]
+        return digest(parts)
+
+    def summary(self):
+        """The counts per split and condition as a printable table, and the dataset's notes."""
+        about = [f"{len(self)} frames", f"{self['image'].shape[1]} cameras"]
+        if "labels" in self:
+            labelled = self["labels"][self.rows] != b""
+            how_many = "yes" if labelled.all() else "in part" if labelled.any() else "no"
+            about.append(f"labels: {how_many}")
+        lines = [f"{self.root}: {', '.join(about)}",
+                 f"  {'split':6} {'condition':10} scenes  frames  images"]
+        for split in np.unique(self["split"][self.rows]):
+            of_split = self.rows[self["split"][self.rows] == split]
+            for number, name in enumerate(self.conditions or ("full",)):
+                rows = of_split
+                if self.conditions:
+                    rows = of_split[self["condition"][of_split] == number]
+                if len(rows):
+                    scenes = len(self.only(rows).scenes()) or "-"
+                    images = self["image"][rows].size
+                    lines.append(f"  {split.decode():6} {name:10} {scenes:>6}  {len(rows):6}  "
+                                 f"{images:6}")
+        notes = np.char.decode(self["notes"]).tolist() if "notes" in self else []
+        return "\n".join([*lines, *notes])
 
 
-def state_of(tables):
-    """(path, size, date) of each JSON file in these folders."""
-    state = []
-    for folder in tables:
-        for path in sorted(folder.glob("*.json")):
-            status = path.stat()
-            state.append((str(path), status.st_size, status.st_mtime_ns))
-    return tuple(state)
-
+# ---- opening -----------------------------------------------------------------------------------
 
 @functools.cache
-def content_of(tables, state):
-    """A hash of the JSON files in the folders `tables`; `state` is what `state_of` says of them."""
-    return digest(path.read_bytes() for folder in tables for path in sorted(folder.glob("*.json")))
+def datasets():
+    """The names that --data takes: of the files in readers/ that have a table."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return [file.stem for file in files if re.search(r"^def table\(root", file.read_text(), re.M)]
 
 
-def cache_key(module, arguments, state):
-    """16 hexadecimal digits: another module, other arguments or another state have another key."""
-    parts = FORMAT, module, arguments, state
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+def entries(data):
+    """[(name of a dataset, path)] that --data says: NAME=PATH, with commas between.
 
-
-def cache_folder(key):
-    """The folder of one table in the user's cache."""
-    return caches() / "collaborative-distillation" / key
-
-
-def caches():
-    """The folder of the user's caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
-
-
-def load_arrays(folder, names):
-    """{name: array} from the files NAME.npy of a folder.
-
-    The arrays are mapped from the files, so that all processes of a machine share their memory.
-    Raises OSError, ValueError or EOFError for a file that is missing or damaged.
+    What does not begin with the name of a reader is a nuScenes root as a whole, even with = or , in
+    it.
     """
-    arrays = {}
-    for name in names:
-        mapped = np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-        arrays[name] = np.asarray(mapped)
-    return arrays
+    names = "|".join(datasets())
+    if not re.match(rf"({names})=", data):
+        return [("nuscenes", data)]
+    return [tuple(part.split("=", 1)) for part in re.split(rf",(?=(?:{names})=)", data)]
 
 
-def store_arrays(folder, arrays):
-    """Write {name: array} as the files NAME.npy of a new folder, all of them or none.
+def open_tables(data, version=None, look=True, here=False):
+    """The `FrameTable`s of what --data says, from the cache unless their sources have changed.
 
-    Raises InputError where that is not possible.
+    data: as --data, or what `entries` made of it.
+    version: of datasets that have versions; the default is the reader's.
+    look: True looks at every file anew. None looks at the tables' content only, where the caller
+        looks at the files that it needs. False trusts the cache and looks only at the frames that
+        were bad; it is for training.
+    here: read in this process what is not cached. Else the reader, run as a script, does that, so
+        that a training process never holds the dataset's own tables.
+    Raises InputError for a wrong root or version and for files that the tables name but that are
+    not there.
     """
-    # Under another name first: who finds the folder finds it whole
-    partial = None
+    found = entries(data) if isinstance(data, str) else data
+    readers = [importlib.import_module(f"readers.{name}") for name, _ in found]
+    versioned = ["version" in inspect.signature(reader.table).parameters for reader in readers]
+    if version and not any(versioned):
+        raise InputError(f"--version {version}: {found[0][0]} has no versions; leave it out")
+    tables = []
+    for reader, (_, path), has_versions in zip(readers, found, versioned):
+        options = {"version": version} if version and has_versions else {}
+        tables.append(_open(reader, Path(path).resolve(), options, look, here))
+    return tables
+
+
+def _open(reader, root, options, look, here):
+    """One `FrameTable`; see `open_tables`."""
+    columns = cached(reader, root, options, here, look is not False)
+    conditions, of_frame = named_conditions(reader, root, columns)
+    if of_frame is not None:
+        columns["condition"] = of_frame
+    table = FrameTable(reader, root, columns, conditions)
+    if look:
+        if hasattr(reader, "check"):
+            reader.check(root, **options)
+        for column in ("scan", "labels", "depth", "image"):
+            if column in columns:
+                all_there(root, [path for path in columns[column].flat if path])
+
+    # Since the cache was written, a file may have been damaged or repaired
+    if hasattr(reader, "damage"):
+        reasons = columns["bad"].tolist()
+        asked = np.flatnonzero(bool(look) | (columns["bad"] != b""))
+        for row in asked:
+            reasons[row] = reader.damage(root, columns, row).encode()
+        columns["bad"] = np.array(reasons, np.bytes_)
+    return table
+
+
+def named_conditions(reader, root, columns):
+    """(names of the conditions, index of each frame's or None for those of the table).
+
+    ROOT/conditions.json, {scene: condition}, replaces what the dataset says. Where there are no
+    scenes, images' paths stand for them. Frames that it does not name keep their condition; a
+    dataset that states none must name all. Raises InputError for another file, and for a scene that
+    is not there.
+    """
+    names = list(getattr(reader, "CONDITIONS", ()))
+    path = root / "conditions.json"
+    if not path.is_file():
+        return names, None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        for name, values in arrays.items():
-            with (partial / f"{name}.npy").open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{folder}: the index cannot be kept there ({error.strerror}); mend that "
-                         "folder, or set XDG_CACHE_HOME to another") from None
-    with contextlib.suppress(OSError):  # another process was first
-        partial.rename(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def build_elsewhere(module, root, arguments):
-    """Run a reader as a script, which stores the table. Raises its errors as InputError."""
-    command = [sys.executable, "-m", module, "--data", str(root), *arguments]
-    done = subprocess.run(command, cwd=PROJECT, env=os.environ | {"XDG_CACHE_HOME": str(caches())},
-                          capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        last = lines[-1] if lines else "killed, perhaps for memory"
-        reason = last.partition("error: ")[2]
-        raise InputError(reason or f"--data {root}: reading the tables failed: {last}")
+        named = json.loads(path.read_bytes())
+        given = sorted({name for name in named.values() if not re.search(r"[^\w -]", name)})
+    except (ValueError, AttributeError, TypeError):
+        given = []
+    if not given:
+        raise InputError(f"{path}: not of the form {{scene: condition}}; write it anew, or remove "
+                         "it")
+    scenes = np.char.decode(columns["scene"] if "scene" in columns else columns["image"][:, 0])
+    unknown = named.keys() - set(scenes.tolist())
+    if unknown:
+        raise InputError(f"{path}: {min(unknown)} is no scene of this dataset; it has "
+                         f"{', '.join(np.unique(scenes)[:3])}, ...")
+    names += [name for name in given if name not in names]
+    of_frame = columns["condition"].tolist() if "condition" in columns else [None] * len(scenes)
+    for row, scene in enumerate(scenes.tolist()):
+        if scene in named:
+            of_frame[row] = names.index(named[scene])
+        elif of_frame[row] is None:
+            raise InputError(f"{path}: says nothing of {scene}; the dataset states no conditions, "
+                             "so name all of its scenes")
+    return names, np.array(of_frame)
 
 
 # ---- reading tables ----------------------------------------------------------------------------
@@ -192,6 +350,12 @@ def all_there(root, paths):
     return [Path(root, path.decode()) for path in paths]
 
 
+def size_of(root, path):
+    """The bytes of a file, 0 if there is none."""
+    file = os.path.join(root, path)
+    return os.path.getsize(file) if os.path.isfile(file) else 0
+
+
 def ends_of(path, count=4096):
     """The size of a file, its first bytes and its last ones, as bytes."""
     with path.open("rb") as file:
@@ -199,3 +363,22 @@ def ends_of(path, count=4096):
         begin = file.read(count)
         file.seek(max(0, size - count))
         return size.to_bytes(8, "little") + begin + file.read()
+
+
+# ---- readers as scripts ------------------------------------------------------------------------
+
+@one_line_errors
+def main(name, argv=None):
+    """`python -m readers.NAME --data ROOT`: look at every file, print the counts."""
+    reader = importlib.import_module(f"readers.{name}")
+    parser = Parser(reader.__doc__, prog=f"python -m readers.{name}")
+    parser.add_argument("--data", required=True, help="root of the dataset")
+    version = inspect.signature(reader.table).parameters.get("version")
+    if version:
+        parser.add_argument("--version", help=f"version folder (default: {version.default})")
+    args = parser.parse_args(argv)
+    (table,) = open_tables(f"{name}={args.data}", getattr(args, "version", None), here=True)
+    print(table.summary())
+    if "bad" in table:
+        for reason in table["bad"][table["bad"] != b""]:
+            print(f"bad: {reason.decode()}")

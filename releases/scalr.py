@@ -1,5 +1,9 @@
-"""The names that WaffleIron, ScaLR and ScaLR+ have for the tensors of a WaffleIron."""
+"""WaffleIron's, ScaLR's and ScaLR+'s released weights: their names for the tensors, in and out."""
+import torch
+
 from plumbing.errors import InputError
+from plumbing.weights import check_fit, unwrapped
+from waffleiron import GRIDS, WaffleIron
 
 RELEASED = ("model_point", "model_points", "net")  # where released files hold the weights
 RENAMED = {  # {beginning of our name: of the published one}; other names are the same
@@ -51,3 +55,34 @@ def arguments_of(state, subject):
     plus = dict(activation="gelu", drop_path=0.2, hidden=hidden) if heads[last] == "mlp" else {}
     return dict(in_channels=in_channels, channels=channels, depth=len(layers),
                 out_channels=out_channels, norm=norm, head=heads[last], **plus)
+
+
+def from_released(state_dict, grids=GRIDS, subject="state_dict"):
+    """A WaffleIron with published weights, in float32.
+
+    Args:
+        state_dict: {published name: tensor}, as `unwrapped` takes it, with one of three heads: a
+            linear layer (`classif`: WaffleIron, ScaLR), BatchNorm and a linear layer (`classif.0`,
+            `.1`: ScaLR downstream) or an MLP (`classif.0`, `.2`: ScaLR+).
+        grids: as for WaffleIron; they are not in the weights.
+        subject: what an error message begins with.
+    Raises InputError, naming the first five differences, for missing or unexpected names and wrong
+    shapes.
+
+    Sizes, norm and head are inferred from names and shapes. With an MLP it is ScaLR+, which has
+    GELU in the blocks and was trained with a drop path of 0.2. GELU is not in the weights: under
+    another head, as after fine-tuning, ScaLR+ would be taken for ScaLR.
+    """
+    subject = (f'{subject}: not the weights of a published WaffleIron, as "model_point" in '
+               'ScaLR\'s model.pth and "net" in ckpt_last.pth are')
+    if not isinstance(state_dict, dict):
+        raise InputError(f"{subject}: this is a {type(state_dict).__name__}")
+    state = unwrapped(state_dict, subject)
+    with torch.device("meta"):  # costs nothing until names and shapes are known to fit
+        model = WaffleIron(**arguments_of(state, subject), grids=grids)
+    names = {name: published(name, value.shape) for name, value in model.state_dict().items()}
+    check_fit(state, dict(names.values()), subject)
+    ours = {name: state[names[name][0]].reshape(value.shape)
+            for name, value in model.state_dict().items()}
+    model.to_empty(device="cpu").load_state_dict(ours)
+    return model

@@ -1,0 +1,136 @@
+"""The cache of datasets' tables: read once from the dataset's own files, then mapped into memory.
+
+It is a folder of .npy files for each table, in $XDG_CACHE_HOME or ~/.cache.
+"""
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.errors import InputError
+from plumbing.fingerprint import digest
+
+FORMAT = 6  # of the cache: count up when what is stored changes
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def cached(reader, root, options, here, look):
+    """The columns of a reader's table, from the cache or made anew.
+
+    They are in the cache while no source has another size or date or, with `look`, another
+    content. Else the reader makes them: in this process if `here`, else in one of its own.
+    Raises InputError as these do, and where the cache cannot be written.
+    """
+    sources = tuple(reader.sources(root, **options))
+    state = state_of(sources)
+    folder = cache_folder(cache_key(reader.__name__, options, state))
+    for _ in range(2):
+        # What the cache holds
+        try:
+            columns = load_arrays(folder)
+            content = columns.pop("content").item().decode()
+            if not look or content == content_of(sources, state):
+                return columns
+        except (OSError, ValueError, EOFError, KeyError):  # it is not there, or not whole
+            pass
+
+        # Make it anew, and read that
+        shutil.rmtree(folder, ignore_errors=True)
+        if here:
+            columns = reader.table(root, **options)
+            columns["content"] = np.bytes_(content_of(sources, state))
+            store_arrays(folder, columns)
+        else:
+            build_elsewhere(reader.__name__, root, options)
+    raise InputError(f"{folder}: the index cannot be kept there; mend that folder, or set "
+                     "XDG_CACHE_HOME to another")
+
+
+def state_of(sources):
+    """(path, size, date) of each of these files."""
+    state = []
+    for path in sources:
+        status = path.stat()
+        state.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(state)
+
+
+@functools.cache
+def content_of(sources, state):
+    """A hash of these files; `state` is what `state_of` says of them."""
+    return digest(path.read_bytes() for path in sources)
+
+
+def cache_key(module, options, state):
+    """16 hexadecimal digits: another reader, other options or another state have another key."""
+    parts = FORMAT, module.rpartition(".")[2], sorted(options.items()), state
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def cache_folder(key):
+    """The folder of one table in the user's cache."""
+    return caches() / "collaborative-distillation" / key
+
+
+def caches():
+    """The folder of the user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+
+
+def load_arrays(folder):
+    """{name: array} that `store_arrays` wrote.
+
+    The arrays are mapped from the files, so that all processes of a machine share their memory.
+    Raises OSError, ValueError or EOFError for a file that is missing or damaged.
+    """
+    arrays = {}
+    for name in np.load(folder / "names.npy", allow_pickle=False).tolist():
+        mapped = np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+        arrays[name] = np.asarray(mapped)
+    return arrays
+
+
+def store_arrays(folder, arrays):
+    """Write {name: array} as the files NAME.npy of a new folder, all of them or none.
+
+    Raises InputError where that is not possible.
+    """
+    # Under another name first: who finds the folder finds it whole
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent))
+        for name, values in (arrays | {"names": np.array(list(arrays))}).items():
+            with (partial / f"{name}.npy").open("wb") as file:
+                np.save(file, values, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{folder}: the index cannot be kept there ({error.strerror}); mend that "
+                         "folder, or set XDG_CACHE_HOME to another") from None
+    with contextlib.suppress(OSError):  # another process was first
+        partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def build_elsewhere(module, root, options):
+    """Run a reader as a script, which stores the table. Raises its errors as InputError."""
+    command = [sys.executable, "-m", module, "--data", str(root)]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ | {"XDG_CACHE_HOME": str(caches())},
+                          capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        last = lines[-1] if lines else "killed, perhaps for memory"
+        reason = last.partition("error: ")[2]
+        raise InputError(reason or f"--data {root}: reading the tables failed: {last}")
