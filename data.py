@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 from plumbing.errors import InputError
 from readers.files import read_image
-from readers.table import spread
+from readers.table import check_conditions, spread
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
 
@@ -22,33 +22,38 @@ DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by
 def select(tables, split, conditions=None, limit=None, percent=100, skip_bad=False):
     """The frames of a split in each of these tables: at most `limit` in all, evenly spread.
 
-    Other arguments, and errors: see `FrameTable.select`.
+    A table of which none is chosen is left out. Other arguments, and errors: see
+    `FrameTable.select`.
     """
-    chosen = [table.select(split, conditions, percent, skip_bad) for table in tables]
-    starts = np.cumsum([0, *map(len, chosen)])
+    check_conditions(tables, conditions)
+    of_split = [table.select(split, conditions, percent, skip_bad=True) for table in tables]
+    starts = np.cumsum([0, *map(len, of_split)])
     kept = spread(np.arange(starts[-1]), limit)
-    tables = []
-    for table, start, end in zip(chosen, starts, starts[1:]):
+    chosen = []
+    for table, start, end in zip(of_split, starts, starts[1:]):
         of_table = kept[(kept >= start) & (kept < end)]
-        tables.append(table.only(table.rows[of_table - start]))
-    return [table for table in tables if len(table)]
+        if len(of_table):
+            chosen.append(table.only(table.rows[of_table - start]))
+    for table in () if skip_bad else chosen:
+        table.refuse_bad()
+    return chosen
 
 
 def set_sampling(tables, stored=None, task=None):
     """Set how the scans of these tables become points. Returns {dataset: sampling}.
 
-    It is what a checkpoint says, `stored` {dataset: sampling}, else the dataset's SAMPLING; its
-    entry for the task, "probe" or "finetune", replaces values. Raises InputError for a dataset
-    without scans.
+    It is what a checkpoint says, `stored` {dataset: sampling}, else the dataset's SAMPLING. The
+    entry of SAMPLING for the task, "probe" or "finetune", replaces values of either. Raises
+    InputError for a dataset without scans.
     """
     known = {}
     for table in tables:
         if not table.sampling:
             raise InputError(f"--data {table.root}: {table.name} has no LiDAR scans")
-        sampling = dict((stored or {}).get(table.name, table.sampling))
-        of_task = {name: sampling.pop(name, {}) for name in ("probe", "finetune")}
-        table.sampling = sampling | of_task.get(task, {})
-        known[table.name] = table.sampling
+        sampling = (stored or {}).get(table.name, table.sampling) | table.sampling.get(task, {})
+        for name in ("probe", "finetune"):
+            sampling.pop(name, None)
+        known[table.name] = table.sampling = sampling
     return known
 
 
@@ -113,6 +118,21 @@ def nearest_to(xyz, center, count):
     return np.sort(np.argpartition(squares, count - 1)[:count])
 
 
+def thin(xyz, rows, rng, sampling):
+    """Of the points `rows` one a voxel and, of too many, those nearest to a random one.
+
+    sampling: "voxel" [m]; "max_points", or None; "keep": "first" takes a voxel's first point in
+    place of a random one.
+    """
+    drawn_by = None if sampling.get("keep") == "first" else rng
+    rows = rows[one_per_voxel(xyz[rows], sampling["voxel"], drawn_by)]
+    most = sampling["max_points"]
+    if most is not None and len(rows) > most:
+        center = xyz[rows[rng.integers(len(rows))]]
+        rows = rows[nearest_to(xyz[rows], center, most)]
+    return rows
+
+
 # ---- items ---------------------------------------------------------------------------------------
 
 def take(points, rows):
@@ -132,8 +152,8 @@ class Frames(torch.utils.data.Dataset):
         target: "labels"; "depths": of the nearest point of each pixel, up to DEPTHS; or None.
         points: which of a scan's points the 3D encoder gets: "random", one of each voxel;
             "augmented", the same of a cloud that is rotated and flipped; "first" of each voxel;
-            "every": as "first", but not limited in number, and the item has the labels of all
-            points, and `nearest`, of those that the 3D encoder gets.
+            "every", the same without a limit to their number, where the item has all points, and
+            `nearest`, of each one the nearest that the 3D encoder gets.
         skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has
             its number and why.
 
@@ -148,9 +168,7 @@ class Frames(torch.utils.data.Dataset):
     def __init__(self, tables, cameras="all", image_size=None, prepare=None, target=None,
                  points="first", skip_bad=False, seed=0):
         for table in tables:
-            check_cameras(table, cameras)
-            if target == "labels":
-                check_labelled(table)
+            check_table(table, cameras, target)
         self.tables = tables
         self.cameras = cameras
         self.image_size = image_size
@@ -162,8 +180,7 @@ class Frames(torch.utils.data.Dataset):
         of_tables = [name for table in tables for name in table.conditions]
         self.conditions = tuple(dict.fromkeys(of_tables))
         # Numbers of the first item and of the first frame of each table, and what comes after
-        views = [self.views(table) for table in tables]
-        self.first_item = np.cumsum([0, *(len(t) * n for t, n in zip(tables, views))])
+        self.first_item = np.cumsum([0, *(len(table) * self.views(table) for table in tables)])
         self.first_frame = np.cumsum([0, *(len(table["split"]) for table in tables)])
 
     def views(self, table):
@@ -288,16 +305,14 @@ class Frames(torch.utils.data.Dataset):
         return take(points, rows), inputs
 
 
-def check_cameras(table, cameras):
-    """Raise InputError where a dataset has no such camera."""
+def check_table(table, cameras, target):
+    """Raise InputError where a dataset has no such camera or target, or frames have no labels."""
     known = ["random", "all", *(["scan"] if "scan" in table else []), *table.cameras]
     if cameras not in known:
         raise InputError(f"--cameras {cameras}: choose one of {', '.join(known)}")
-
-
-def check_labelled(table):
-    """Raise InputError where frames of a table have no labels."""
-    if "labels" not in table:
+    if target == "depths" and "scan" not in table:
+        raise InputError(f"--data {table.root}: {table.name} has no depths")
+    if target != "labels" or "labels" not in table:
         return
     unlabelled = np.count_nonzero(table["labels"][table.rows] == b"")
     if unlabelled:
@@ -310,8 +325,7 @@ def labelled_pixels(labels, size):
 
     labels: uint8 [h, w], 0 where there is none. To the size by the nearest pixel.
     """
-    small = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
-    labels = np.array(small)  # [H, W]
+    labels = np.array(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
     pixels = np.argwhere(labels > 0)
     return {"pixels": pixels.astype(np.float64), "labels": labels[tuple(pixels.T)].astype(np.int64)}
 
@@ -341,13 +355,9 @@ def next_good(frames, key):
 
 # ---- batches -------------------------------------------------------------------------------------
 
-def _one_list(lists):
-    return sum(lists, [])
-
-
 # How the values of a field of several items become one. `inputs` has fields of its own: each has a
 # row a point, and they stand one below the other.
-JOIN = {"condition": torch.tensor, "image": torch.stack, "bad": _one_list,
+JOIN = {"condition": torch.tensor, "image": torch.stack, "bad": lambda lists: sum(lists, []),
         "pixels": torch.cat, "depths": torch.cat, "labels": torch.cat, "nearest": torch.cat,
         "features": torch.cat}  # of a cached encoder
 NUMBERS = ("neighbors", "nearest")  # they number points of an item, and become rows of the batch

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 # 80 x 160 pixels and some 1 400 frames.
 STAGE1 = "--channels 64 --depth 4 --fov 48 48 8 --cell 1 --voxel 0.4 --neighbors 6 --epochs 4"
 STAGE2 = "--batch 16 --lr 4e-3 --epochs 4"
-PROBE = "--head whitened --cache --limit 400 --batch 8 --warmup 0 --end-lr 0"
+PROBE = "--head whitened --cache --limit 400 --batch 8 --warmup-epochs 0 --end-lr 0"
 PROBES = {
     "seg": f"{PROBE} --lr 1e-2 --epochs 8",
     "seg3d": f"{PROBE} --cameras all --lr 1e-2 --epochs 8",

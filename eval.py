@@ -25,7 +25,7 @@ from plumbing.atomic import read_json, write_json, write_text
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, differences, digest, of_frames, of_weights
 from plumbing.weights import load_checkpoint, load_strictly, located, say_if_unfinished
-from probe import TASKS
+from probe import TASKS, classes_of
 from readers.table import entries, open_tables
 from results import results_table
 
@@ -162,7 +162,7 @@ class Evaluation:
         tables = select(tables, "val")
         prepare = None
         if self.probe["samplings"]:
-            set_sampling(tables, self.probe["samplings"], "probe")
+            self.encoder.use(set_sampling(tables, self.probe["samplings"], "probe"))
             prepare = self.encoder.prepare
         self.frames = Frames(tables, args["cameras"], image_size, prepare, self.task.target,
                              points="every" if args["cameras"] == "scan" else "first")
@@ -179,8 +179,8 @@ class Evaluation:
         same = are_own_frames(self.probe, path, frames)
         at_home = [os.path.realpath(root) for _, root in there] == [
             os.path.realpath(root) for _, root in home]
-        val = self.probe["val"]
-        same_tables = val | {"files": None} == frames | {"files": None}
+        val = self.probe.get("val")  # None: the probe is from before fingerprints
+        same_tables = val is None or val | {"files": None} == frames | {"files": None}
         self.own = same or at_home and same_tables
 
     def stored_at(self):
@@ -206,11 +206,10 @@ def data_given(data, home):
 
 
 def check_classes(tables, probe):
-    """Raise InputError for data of other classes than the probe's."""
-    for table in tables:
-        if probe["classes"] and tuple(table.reader.CLASSES[1:]) != tuple(probe["classes"]):
-            raise InputError(f"--data {table.root}: {table.name} has other classes than the "
-                             "probe's data")
+    """Raise InputError for data that the probe's task is not for, or of other classes."""
+    if tuple(classes_of(tables, probe["task"])) != tuple(probe["classes"]):
+        raise InputError(f"--data {tables[0].root}: {tables[0].name} has other classes than the "
+                         "probe's data")
 
 
 def evaluate(path, device, data=None, workers=2, batch_size=16):
@@ -228,11 +227,14 @@ def measure(evaluation, workers=2, batch_size=16):
     The frames are dealt out over the processes and the counts summed. A 3D probe of whole scans is
     judged on every point, each with the prediction of the nearest one that the 3D encoder got.
     """
+    # This process's part of the frames
     probe, frames, device = evaluation.probe, evaluation.frames, evaluation.device
     mine = range(training.rank(), len(frames), training.world())
     order = training.in_batches(mine, batch_size)
     loader = training.load(frames, order, collate, workers, device)
     bar = tqdm(loader, f"evaluate {evaluation.path}", disable=training.rank() > 0, mininterval=2)
+
+    # Sums over them
     if evaluation.task.target == "depths":
         sums = DepthSums(len(frames), frames.conditions, device)
     else:
@@ -247,6 +249,7 @@ def measure(evaluation, workers=2, batch_size=16):
         outputs = evaluation.head(features.float())  # in float32, as it was trained
         sums.add(outputs, batch, [number for _, number in keys])
 
+    # Sums over all processes, and the numbers of the conditions that occur
     training.sum_over_processes(sums.counts)
     there = {frames.condition_of(table, row) for table in frames.tables for row in table.rows}
     occurring = [number for number in range(len(frames.conditions)) if number in there]

@@ -127,9 +127,9 @@ def main(argv=None):
     encoder = encoder_of(checkpoint, args.checkpoint)
     row = encoder.row
     size = encoder.check_size(args.image_size or encoder.spec["image_size"])
-    if args.format == "transformers" and not row.vit:
+    if args.format == "transformers" and row.network.FAMILY not in huggingface.FAMILIES:
         raise InputError(f"--format transformers: there is no map for {row.name}; "
-                         "--format plain has torchvision's names")
+                         "--format plain has the names of its release")
 
     # files: all are written into a temporary folder, then renamed
     out = Path(args.out)

@@ -147,13 +147,11 @@ class ImageEncoder(nn.Module):
         return self.backbone.feature_map(x, self.spec["feature"])
 
     def recompute(self, on):
-        """With `on`, keep only the blocks' inputs for the backward pass.
-
-        Raises InputError where the network cannot.
-        """
-        if on and not hasattr(self.backbone, "recompute"):
+        """With `on`, keep only the blocks' inputs for backward. InputError where it cannot."""
+        if hasattr(self.backbone, "recompute"):
+            self.backbone.recompute = on
+        elif on:
             raise InputError(f"--recompute: not with {self.spec['name']}; for vision transformers")
-        self.backbone.recompute = on
 
     def check_size(self, size, subject="--image-size"):
         """An image size (H, W). Raises InputError where the patch size does not divide it."""
@@ -193,7 +191,7 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None, caref
         weights: a file that `encoder_weights` understands, or "random"; default: the released ones.
         hub: local clone of the encoder's repository, whose hubconf.py gives the weights instead of
             the network's.
-        feature: one of FEATURES; default: the encoder's (see ENCODERS), or the checkpoint's.
+        feature: one of its network's FEATURES; default: the encoder's, or the checkpoint's.
         careful: whether it checks the images that it is called with.
     Raises InputError for an unknown name or feature, and for weights that do not fit, are not
     finite or cannot be reached.
@@ -324,10 +322,9 @@ def load_point_encoder(path):
                          "ScaLR's model.pth")
     check_kind(content, path, "point_encoder")
     say_if_unfinished(content, path)
-    network = backbone(content.get("backbone")).NETWORK
     try:
         with torch.device("meta"):
-            model = network(**content["spec"])
+            model = backbone(content["backbone"]).NETWORK(**content["spec"])
         state = dict(content["model"])
     except Exception as error:  # whatever the lookups or the constructor make of another version
         reason = (str(error).splitlines() or [""])[0][:200]
@@ -390,11 +387,12 @@ def source_in(checkpoint, path):
 
 
 if __name__ == "__main__":
-    print(f"{'name':22} {'from':31} patch  width  {'network':9} {'feature':7} {'normalised as':13}  "
-          "license of the weights")
+    line = "{:22} {:31} {:>5}  {:>5}  {:9} {:7} {:13}  {}"
+    print(line.format("name", "from", "patch", "width", "network", "feature", "normalised as",
+                      "license of the weights"))
     for row in ENCODERS.values():
         normalization = "CLIP" if row.normalization is CLIP else "ImageNet"
-        print(f"{row.name:22} {row.source:31} {row.patch_size:5}  {row.dim:5}  "
-              f"{row.network.FAMILY:9} {row.feature:7} {normalization:13}  {row.license}")
+        print(line.format(row.name, row.source, row.patch_size, row.dim, row.network.FAMILY,
+                          row.feature, normalization, row.license))
     for name, (mean, std) in (("ImageNet", IMAGENET), ("CLIP", CLIP)):
         print(f"{name}: mean {mean}, standard deviation {std} of R, G, B in [0, 1]")

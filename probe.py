@@ -116,14 +116,14 @@ def parse(argv=None):
 
 def fill_in(args, paper, script):
     """Set what was not given: to the paper's values, and --out to a folder of its own."""
-    datasets = [name for name, _ in entries(args.data)]
+    datasets = list(dict.fromkeys(name for name, _ in entries(args.data)))
     rows = paper[args.task]
     for name, value in rows.get(datasets[0], rows["nuscenes"]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if not args.out:
         parts = [script, Path(args.encoder).name, args.task]
-        parts += [] if set(datasets) == {"nuscenes"} else datasets
+        parts += [] if datasets == ["nuscenes"] else datasets
         parts += [str(args.percent)] if args.percent else []
         args.out = f"runs/{'-'.join(parts)}"
 

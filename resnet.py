@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016): torchvision's."""
+"""torchvision's ResNet-50 (He et al., "Deep Residual Learning for Image Recognition", 2016)."""
 from torch import nn
 
 from plumbing.errors import InputError

@@ -24,6 +24,12 @@ def not_comparable(row, first):
     return "; ".join(reasons)
 
 
+def kind_of(row):
+    """A result's task, with its datasets unless they are nuScenes."""
+    data = row.get("protocol", {}).get("data", "nuscenes")
+    return row["task"] if data == "nuscenes" else f"{row['task']} on {data}"
+
+
 def cell(row, metric, column, digits, first=None):
     """A number of a table, or why there is none; in brackets its difference to `first`'s."""
     if column not in row[metric]:
@@ -39,7 +45,8 @@ def cell(row, metric, column, digits, first=None):
 def results_table(results):
     """Markdown: a row a probe.
 
-    In brackets stands the difference to the first row of the same task, where they can be compared.
+    In brackets stands the difference to the first row of the same task on the same datasets, where
+    they can be compared.
     """
     parts = []
     notes = []
@@ -47,18 +54,20 @@ def results_table(results):
         rows = [result for result in results if metric in result]
         if not rows:
             continue
+        # A column for each condition that one of them states
         columns = list(dict.fromkeys(name for row in rows for name in row["columns"]))
         lines = [f"| {heading} | task | " + " | ".join(columns) + " |",
                  "|---|---|" + "---:|" * len(columns)]
+        # The first row of a kind stands for itself, the others beside it
         for row in rows:
-            base = first = next(other for other in rows if other["task"] == row["task"])
+            base = first = next(other for other in rows if kind_of(other) == kind_of(row))
             reason = "" if row is first else not_comparable(row, first)
             if reason:
                 notes.append(f"{row['run']} is not compared with {first['run']}: {reason}.")
             if reason or row is first:
                 base = None
             cells = [cell(row, metric, column, digits, base) for column in columns]
-            lines.append(f"| {row['run']} | {row['task']} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row['run']} | {kind_of(row)} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     if notes:
         parts.append("\n".join(notes))

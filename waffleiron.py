@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import nearest_to, one_per_voxel
+from data import thin
 from heads import HEADS
 from plumbing.batchnorm import BatchNorm
 from plumbing.errors import InputError
@@ -36,23 +36,14 @@ def prepare(xyz, intensity, rng, sampling):
     Args:
         xyz: [A, 3] in metres. intensity: [A].
         rng: of the points that are drawn.
-        sampling: as SAMPLING of readers/nuscenes.py; "keep": "first" keeps the first point of a
-            voxel in place of a random one, "max_points": None keeps them all.
+        sampling: as SAMPLING of readers/nuscenes.py; for "keep" see `data.thin`.
     Returns: rows [N] of the points kept, and inputs {"points": [N, 5], "cells": [N, 3] on the
     planes z, y, x, "neighbors": [N, K]}; no inputs where no point is in reach.
     """
-    # Which points: those in reach, one of each voxel, the nearest ones to a random one
     rows = np.flatnonzero(inside_fov(xyz, sampling["fov"]))
-    drawn_by = None if sampling.get("keep") == "first" else rng
-    rows = rows[one_per_voxel(xyz[rows], sampling["voxel"], drawn_by)]
+    rows = thin(xyz, rows, rng, sampling)
     if len(rows) == 0:
         return rows, {}
-    most = sampling["max_points"]
-    if most is not None and len(rows) > most:
-        center = xyz[rows[rng.integers(len(rows))]]
-        rows = rows[nearest_to(xyz[rows], center, most)]
-
-    # What the network takes of them
     xyz = xyz[rows]
     return rows, {"points": point_features(xyz, intensity[rows], *sampling["intensity"]),
                   "cells": plane_cells(xyz, sampling["fov"], sampling["cell"]),

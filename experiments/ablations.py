@@ -28,18 +28,18 @@ from torch import nn
 import models
 import stage1
 import stage2
-from data import Frames
-from distill import distillation_loss, features_at_points
+from data import Frames, select, set_sampling
+from distill import distillation_loss, features_at_pixels
 from experiments.loop import build, train
 from plumbing import training
 from plumbing.arguments import POSITIVE, Parser, whole
 from plumbing.atomic import save
-from plumbing.errors import InputError, one_line_errors
-from plumbing.fingerprint import check, of_weights
-from plumbing.weights import read, say_if_unfinished
-from probe import probe_loss
-from readers.nuscenes import CLASSES, CONDITIONS, load_index
-from waffleiron import WaffleIron
+from plumbing.errors import InputError, one_line_errors, say
+from plumbing.fingerprint import check, of_frames, of_weights
+from plumbing.weights import check_kind, read, say_if_unfinished
+from probe import TASKS, classes_of
+from readers.nuscenes import CONDITIONS
+from readers.table import open_tables
 
 # ---- maths ---------------------------------------------------------------------------------------
 
@@ -66,13 +66,13 @@ def contrastive_loss(pixel_features, point_features, temperature):
     return (of_pixels + of_points) / max(1, 2 * len(g))
 
 
-def some_of_each(batch, count, generator):
-    """Rows of at most `count` random points of each image. batch: [N], the image of each point."""
-    order = torch.randperm(len(batch), generator=generator).to(batch.device)
-    order = order[batch[order].argsort(stable=True)]  # image by image, random within each
-    counts = torch.bincount(batch)
-    start = (counts.cumsum(0) - counts)[batch[order]]
-    place = torch.arange(len(batch), device=batch.device) - start  # of a point among its image's
+def some_of_each(view, count, generator):
+    """Rows of at most `count` random points of each image. view: [N], the image of each point."""
+    order = torch.randperm(len(view), generator=generator).to(view.device)
+    order = order[view[order].argsort(stable=True)]  # image by image, random within each
+    counts = torch.bincount(view)
+    start = (counts.cumsum(0) - counts)[view[order]]
+    place = torch.arange(len(view), device=view.device) - start  # of a point among its image's
     return order[place < count]
 
 
@@ -81,30 +81,28 @@ def some_of_each(batch, count, generator):
 class Pair(nn.Module):
     """Both encoders, and a 2D head if there is one: a batch -> pixel and point features [M, D]."""
 
-    def __init__(self, encoder, waffleiron, image_size, head=None):
+    def __init__(self, encoder, point_encoder, head=None):
         super().__init__()
         self.encoder = encoder
-        self.waffleiron = waffleiron
-        self.image_size = image_size
+        self.point_encoder = point_encoder
         self.head = head or nn.Identity()
 
     def forward(self, batch):
-        pixel_features = self.head(features_at_points(self.encoder, batch, self.image_size))
-        point_features = self.waffleiron(batch["feats"], batch["cells"], batch["neighbors"],
-                                         batch["batch"])
+        pixel_features = self.head(features_at_pixels(self.encoder, batch))
+        point_features = self.point_encoder(batch)
         return pixel_features, point_features
 
 
 class Segmenter(nn.Module):
-    """A classifier in the place of WaffleIron's head: a batch -> scores [N, 16] of its points."""
+    """A classifier in the place of the 3D encoder's head: a batch -> scores [N, classes]."""
 
-    def __init__(self, waffleiron, classifier):
+    def __init__(self, point_encoder, classifier):
         super().__init__()
-        self.waffleiron = waffleiron
+        self.point_encoder = point_encoder
         self.classifier = classifier
 
     def forward(self, batch):
-        return self.classifier(features_at_points(self.waffleiron, batch, None))
+        return self.classifier(self.point_encoder.features(batch))
 
 
 # ---- the ablations -------------------------------------------------------------------------------
@@ -120,16 +118,17 @@ def no_stage1(argv):
     args = stage1.parse(argv)
     args.ablation = "no-stage1"
     device = training.start(args)
-    _, waffleiron, frames, content = build(args, device, labels=True)
-    waffleiron.head.requires_grad_(False)  # it stays random
-    classifier = nn.Linear(args.channels, len(CLASSES) - 1).to(device)
+    _, point_encoder, frames, content = build(args, device, labels=True)
+    point_encoder.head.requires_grad_(False)  # it stays random
+    classes = classes_of(frames.tables, "seg3d")
+    classifier = nn.Linear(point_encoder.spec["channels"], len(classes)).to(device)
 
     def loss_of(outputs, batch, step):
-        return probe_loss("seg3d", outputs.float(), batch)
+        return TASKS["seg3d"].loss(outputs.float(), batch)
 
-    model = Segmenter(waffleiron, classifier)
+    model = Segmenter(point_encoder, classifier)
     train(args, device, frames, model, loss_of, peaks=[(model, args.lr)],
-          parts={"model": waffleiron, "classifier": classifier},
+          parts={"model": point_encoder, "classifier": classifier},
           content={"kind": "point_encoder"} | content)
 
 
@@ -173,9 +172,9 @@ def head_2d(argv):
 def head_2d_stage1(args, device):
     """WaffleIron without a head learns what the 2D head gives; the image encoder is frozen."""
     # Without its head WaffleIron gives features of args.channels
-    encoder, waffleiron, frames, content = build(args, device, out_channels=args.channels)
+    encoder, point_encoder, frames, content = build(args, device, out_channels=args.channels)
     encoder.requires_grad_(False)
-    waffleiron.head = nn.Identity()
+    point_encoder.head = nn.Identity()
     head = nn.Linear(encoder.dim, args.channels).to(device).requires_grad_(args.train_head)
 
     def loss_of(features, batch, step):
@@ -183,20 +182,21 @@ def head_2d_stage1(args, device):
             loss = two_way_loss(*features)
         else:
             loss = distillation_loss(*features, "2d_to_3d")
-        return loss, len(batch["batch"])
+        return loss, len(batch["view"])
 
-    model = Pair(encoder, waffleiron, content["image_size"], head)
+    model = Pair(encoder, point_encoder, head)
     train(args, device, frames, model, loss_of, peaks=[(model, args.lr)],
-          parts={"model": waffleiron, "head": head}, content={"kind": "2d_head"} | content)
+          parts={"model": point_encoder, "head": head}, content={"kind": "2d_head"} | content)
 
 
 def head_2d_stage2(args, device):
     """The frozen WaffleIron teaches image encoder and 2D head. Readers of OUT get the encoder."""
     before = _read_head_2d(args)
+    image_size = before["image_size"]
 
     # ---- image encoder ----
     with training.first_process_first():
-        index = load_index(args.data, args.version, look=False)
+        tables = open_tables(args.data, args.version, look=False)
         source = models.source_in(before, args.stage1)
         for name in ("weights", "hub"):
             if getattr(args, name):  # they were moved
@@ -205,37 +205,45 @@ def head_2d_stage2(args, device):
     made_from = {"encoder": encoder.fingerprint()}
     check(f"--stage1 {args.stage1}", before.get("made_from", {}), made_from,
           "its 2D head was made for that one; do its stage 1 again")
-    encoder.keep_less(args.checkpoint)
+    encoder.recompute(args.recompute)
     args.lr = models.of_family(args.lr, encoder)
 
     # ---- data ----
-    if training.rank() == 0:
-        print(index.summary(), flush=True)
+    for table in tables:
+        say(table.summary())
     skip_bad = args.on_bad_frame == "skip"
-    rows = index.select("train", args.conditions, args.limit, skip_bad=skip_bad)
-    frames = Frames(index, rows, args.cameras, before["image_size"], before["cloud"], training=True,
+    tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
+    samplings = set_sampling(tables, before["samplings"])
+    point_encoder, head = _teachers(before, encoder, samplings)
+    frames = Frames(tables, args.cameras, image_size, point_encoder.prepare, points="random",
                     skip_bad=skip_bad, seed=args.seed)
+    weights = of_weights(nn.ModuleList([point_encoder, head]))
+    made_from["stage1"] = {"name": "2d-head", "weights": weights}
+    made_from["frames"] = of_frames(tables)
+    made_from["input"] = {"image_size": image_size} | samplings
 
     # ---- model ----
-    waffleiron = WaffleIron(**before["waffleiron"])
-    waffleiron.head = nn.Identity()
-    waffleiron.load_state_dict(before["model"])
-    waffleiron.to(device).eval().requires_grad_(False)
-    head = nn.Linear(encoder.dim, before["waffleiron"]["channels"]).to(device)
-    head.load_state_dict(before["head"])
-    weights = of_weights(nn.ModuleList([waffleiron, head]))
-    made_from["stage1"] = {"name": "2d-head", "weights": weights}
-    made_from["frames"] = index.fingerprint(frames.rows)
-    made_from["input"] = {"image_size": before["image_size"]} | before["cloud"]
+    point_encoder.to(device).eval().requires_grad_(False)
     encoder.train(args.train_batchnorm)
 
     def loss_of(features, batch, step):
-        return distillation_loss(*features, "3d_to_2d"), len(batch["batch"])
+        return distillation_loss(*features, "3d_to_2d"), len(batch["view"])
 
-    model = Pair(encoder, waffleiron, before["image_size"], head)
+    model = Pair(encoder, point_encoder, head.to(device))
     train(args, device, frames, model, loss_of, peaks=[(model, args.lr)],
           parts={"model": encoder.backbone, "head": head},
-          content=_image_encoder(encoder, before["image_size"], made_from))
+          content=_image_encoder(encoder, image_size, made_from))
+
+
+def _teachers(before, encoder, samplings):
+    """The 3D encoder and the 2D head of a checkpoint of `head_2d_stage1`, on the CPU."""
+    point_encoder = models.backbone(before["backbone"]).NETWORK(**before["spec"])
+    point_encoder.head = nn.Identity()
+    point_encoder.load_state_dict(before["model"])
+    point_encoder.use(samplings)
+    head = nn.Linear(encoder.dim, before["spec"]["channels"])
+    head.load_state_dict(before["head"])
+    return point_encoder, head
 
 
 def _read_head_2d(args):
@@ -248,6 +256,7 @@ def _read_head_2d(args):
     if not isinstance(before, dict) or before.get("kind") != "2d_head":
         raise InputError(f"--stage1 {args.stage1}: not a checkpoint of stage 1 with a 2D head; "
                          "`2d-head` without --stage1 writes it")
+    check_kind(before, args.stage1, "2d_head")
     say_if_unfinished(before, args.stage1)
     return before
 
@@ -266,7 +275,7 @@ def joint(argv):
     say which loss the rows of Table K have, nor the data and the rates. Here data and epochs are
     stage 2's, and each side has the peak rate of its own stage. The cloud is augmented as in
     stage 1. InfoNCE goes both ways among the pairs of one process. OUT/last.pth is the image
-    encoder, OUT/waffleiron.pth the 3D encoder.
+    encoder, OUT/point_encoder.pth the 3D encoder.
     """
     parser = Parser("Table K: both encoders trained in one stage. All other flags are stage1.py's "
                     "(see its -h), with stage2.py's defaults of --conditions, --cameras, --epochs "
@@ -283,36 +292,38 @@ def joint(argv):
         "choice: 4096 in a batch of 32)")
     own, rest = parser.parse_known_args(argv)
 
-    # The flags of stage1.py with the defaults of stage2.py
+    # The flags of stage1.py with the defaults of stage2.py, which takes all conditions
     theirs = stage2.parse(["--data", "", "--stage1", "", "--out", ""])
-    args = stage1.parse(["--conditions", *theirs.conditions, "--cameras", theirs.cameras,
+    args = stage1.parse(["--conditions", "all", "--cameras", theirs.cameras,
                          "--epochs", str(theirs.epochs), "--batch", str(theirs.batch), *rest])
+    if args.conditions == ["all"]:
+        args.conditions = theirs.conditions
     vars(args).update(vars(own), ablation="joint")
 
     device = training.start(args)
-    encoder, waffleiron, frames, content = build(args, device)
+    encoder, point_encoder, frames, content = build(args, device)
     args.lr_2d = models.of_family(args.lr_2d, encoder)
 
     def loss_of(features, batch, step):
         if args.loss == "l2":
-            return two_way_loss(*features), len(batch["batch"])
+            return two_way_loss(*features), len(batch["view"])
         # The draw is a function of seed, step and process
         draw = (1000003 * args.seed + step) * training.world() + training.rank()
         generator = torch.Generator().manual_seed(draw % 2**63)
-        rows = some_of_each(batch["batch"], args.pairs, generator)
+        rows = some_of_each(batch["view"], args.pairs, generator)
         pixel_features, point_features = features
         loss = contrastive_loss(pixel_features[rows], point_features[rows], args.temperature)
         return loss, len(rows)
 
-    model = Pair(encoder, waffleiron, content["image_size"])
+    model = Pair(encoder, point_encoder)
     train(args, device, frames, model, loss_of,
-          peaks=[(encoder, args.lr_2d), (waffleiron, args.lr)],
-          parts={"model": encoder.backbone, "point_model": waffleiron},
+          peaks=[(encoder, args.lr_2d), (point_encoder, args.lr)],
+          parts={"model": encoder.backbone, "point_model": point_encoder},
           content=_image_encoder(encoder, content["image_size"], content["made_from"]))
 
     # last.pth is the image encoder's; the 3D encoder gets a file of its own
-    trained = {"model": waffleiron.state_dict(), "args": vars(args)}
-    save(os.path.join(args.out, "waffleiron.pth"), {"kind": "point_encoder"} | content | trained)
+    trained = {"model": point_encoder.state_dict(), "args": vars(args)}
+    save(os.path.join(args.out, "point_encoder.pth"), {"kind": "point_encoder"} | content | trained)
 
 
 def stage2_epochs(argv):

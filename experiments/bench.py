@@ -14,11 +14,15 @@ as padding enters BatchNorm in train(). They are rounding, as tests/test_bench.p
 A ReLU's input that is 0 to rounding may fall on either side; that alone changes gradients by up to
 1e-2.
 
+Where the plain formulation needs more memory than the GPU has, its cells say so and ours is
+measured alone.
+
 On a CPU the bare command takes one view and 6 of the 48 layers. The embedding costs the same at any
 depth. --depth 48 has all layers and needs 17 GB at width 768. Most of the plain time on a CPU goes
 into getting tensors of more than 32 MB anew from the system. Both formulations keep their memory
 with MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment.
 """
+import contextlib
 import ctypes
 import functools
 import gc
@@ -34,14 +38,15 @@ import numpy as np
 import torch
 
 import models
-from data import CLOUD, Frames, collate
+from data import Frames, collate, set_sampling
 from experiments.workloads import item_cases, step_cases, waffleiron_cases
 from miniature.world import make_world
 from plumbing import training
 from plumbing.arguments import COUNT, Distinct, Parser, whole
 from plumbing.errors import one_line_errors
 from readers import files
-from readers.nuscenes import load_index
+from readers.table import open_tables
+from waffleiron import prepare
 
 FEW = 6   # layers, two on each plane: what a CPU is measured with, where all 48 take minutes
 # What stages 1 and 2 learn from, in views and in words. The epochs are the paper's (Sec. 4.1), the
@@ -114,28 +119,68 @@ def repeat(runs, device, repeats):
     return times
 
 
+class PlainOutOfMemory(Exception):
+    """The plain formulation needs more memory than the GPU has."""
+
+
+def run_case(case, plain, precision):
+    """A `Case` in one formulation. Raises PlainOutOfMemory where the plain one has no memory."""
+    try:
+        return case.run(plain, precision)
+    except torch.cuda.OutOfMemoryError:
+        if not plain:
+            raise
+        raise PlainOutOfMemory from None
+
+
+def unless_out_of_memory(function):
+    """What `function` gives; None where it raises PlainOutOfMemory, with the memory free again."""
+    with contextlib.suppress(PlainOutOfMemory):
+        return function()
+    # Here, and not where the error is caught: until it is gone it holds what the run held
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def compare(case):
+    """The differences of the outputs and of the gradients of both formulations, in float32."""
+    outputs, gradients = [], []
+    for plain in (True, False):
+        case.learner.eval().zero_grad()
+        outputs.append([out.detach().clone() for out in run_case(case, plain, "fp32")])
+        gradients.append([p.grad for p in case.learner.parameters() if p.grad is not None])
+    return [difference(*outputs), difference(*gradients)]
+
+
 def measure(case, precision, repeats):
     """Run a `Case` of workloads.py: a row of the table.
 
     Returns: a dict of name; differ, the differences of outputs and of gradients; times [s] and
-    peaks [bytes], in pairs of (plain, ours).
+    peaks [bytes], in pairs of (plain, ours). None stands for what the plain formulation has no
+    memory for.
     """
-    # Compare, in float32. This is the warm-up too.
-    outputs, gradients = [], []
-    for plain in (True, False):
-        case.learner.eval().zero_grad()
-        outputs.append([out.detach().clone() for out in case.run(plain, "fp32")])
-        gradients.append([p.grad for p in case.learner.parameters() if p.grad is not None])
-    differ = [difference(*outputs), difference(*gradients)]
-    del outputs, gradients
+    differ = unless_out_of_memory(lambda: compare(case))
+    cold = differ is None or precision != "fp32"   # else the comparison was the warm-up
 
     # Measure, in the precision asked for.
     case.learner.train(case.train).zero_grad()
-    runs = [functools.partial(case.run, plain, precision) for plain in (True, False)]
-    times = repeat(runs, case.device, repeats)
-    peaks = [peak_bytes(run, case.device) for run in runs]
+    plain, ours = (functools.partial(run_case, case, plain, precision) for plain in (True, False))
+
+    def measured(runs, warm_up):
+        for run in runs if warm_up else ():
+            run()
+        times = repeat(runs, case.device, repeats)
+        return times, [peak_bytes(run, case.device) for run in runs]
+
+    found = unless_out_of_memory(lambda: measured([plain, ours], cold))
+    if found is None:
+        case.learner.zero_grad()
+        times, peaks = measured([ours], warm_up=True)
+        found = [(None, *of_ours) for of_ours in times], [None, *peaks]
     case.learner.eval().zero_grad()
-    return {"name": case.name, "differ": differ, "times": times, "peaks": peaks}
+    times, peaks = found
+    return {"name": case.name, "differ": differ or [None, None], "times": times, "peaks": peaks}
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -154,14 +199,16 @@ def table(rows):
     """Markdown of the rows of `measure`; "plain" is the formulation of plain.py."""
     lines = [HEADER, "|---|" + "---:|" * 8]
     for row in rows:
-        cells = [f"{median(times) * 1e3:,.0f} ms" for times in zip(*row["times"])]
-        cells.append(faster(row["times"]))
+        plain, ours = zip(*row["times"])
+        fits = None not in plain   # else the plain formulation was out of memory
+        cells = [f"{median(plain) * 1e3:,.0f} ms" if fits else "out of memory",
+                 f"{median(ours) * 1e3:,.0f} ms", faster(row["times"]) if fits else "-"]
         plain, ours = row["peaks"]
-        if plain is None:
+        if ours is None:
             cells += ["not run"] * 3
         else:
-            cells += [f"{peak / 2**20:,.0f} MB" for peak in (plain, ours)]
-            cells.append(f"{ours / max(plain, 1):.2f}")
+            cells += [f"{plain / 2**20:,.0f} MB" if fits else "out of memory",
+                      f"{ours / 2**20:,.0f} MB", f"{ours / max(plain, 1):.2f}" if fits else "-"]
         cells += ["-" if value is None else f"{value:.0e}" for value in row["differ"]]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -198,7 +245,7 @@ def check_cost(frames, repeats):
             return found[0]
         return run
 
-    views = range(len(frames.index.cameras))
+    views = range(len(frames.tables[0].cameras))
     both = {"plausible": timed(files.plausible), "stretches": timed(files.stretches)}
     with mock.patch.multiple(files, **both):
         times = repeat([lambda: [frames[0, view] for view in views]], device, repeats)
@@ -228,29 +275,30 @@ def loader_rate(frames, batch, workers):
     return 19 * workers * batch / (time.perf_counter() - begin)
 
 
-def linear_cost(items, channels, args, device):
+def linear_cost(items, samplings, args, device):
     """Markdown: what our forward and backward cost, for each number of points in args.points.
 
-    The points come in whole views, but for the last view, which is cut to fit.
+    Of the first width. The points come in whole views, but for the last view, which is cut to fit.
     """
+    channels = args.widths[0]
     # A few layers do. All cost the same, and 48 of width 768 need some 60 GB for 30,000 points.
     lines = [f"| WI-{FEW}-{channels}, forward + backward, here | views | time | a point (range) |",
              "|---|---:|---:|---:|"]
-    points_of_items = sum(len(item["feats"]) for item in items)
+    points_of_items = sum(len(item["inputs"]["points"]) for item in items)
     views = collate(items * (1 + max(args.points) // points_of_items))
     for count in args.points:
         # A neighbour beyond the cut becomes the last point: it costs the same.
-        neighbors = views["neighbors"][:count].clamp(max=count - 1)
-        batch = {"feats": views["feats"][:count], "cells": views["cells"][:, :count],
-                 "batch": views["batch"][:count], "neighbors": neighbors}
+        inputs = {name: values[:count] for name, values in views["inputs"].items()}
+        inputs["neighbors"] = inputs["neighbors"].clamp(max=count - 1)
+        batch = {"inputs": inputs, "view": views["view"][:count]}
         batch = training.to_device(batch, device)
-        cases, _ = waffleiron_cases(channels, FEW, channels, batch, device)
+        cases, _ = waffleiron_cases(channels, FEW, channels, batch, samplings, device)
         run = functools.partial(cases[1].run, False, args.precision)
         run()   # warm-up: the first run of a size takes up to twice as long
         times = np.concatenate(repeat([run], device, 1))
         low, middle, high = np.quantile(times, (0, 0.5, 1)) / count * 1e6
         a_point = f"{middle:,.0f} ({low:,.0f}–{high:,.0f}) µs"
-        lines.append(f"| {count:,} points | {batch['batch'][-1] + 1} "
+        lines.append(f"| {count:,} points | {batch['view'][-1] + 1} "
                      f"| {median(times) * 1e3:,.0f} ms | {a_point} |")
     return "\n".join(lines)
 
@@ -261,9 +309,10 @@ def parse(argv=None):
     parser = Parser(__doc__, prog="python -m experiments.bench")
     add = parser.add_argument
     add("--data",
-        help="nuScenes root (default: a keyframe of nuScenes' size is made in runs/bench-world)")
-    add("--version", default="v1.0-trainval",
-        help="version folder of the root (default: %(default)s)")
+        help="NAME=PATH, several with commas between; NAME is a file of readers/ (a bare path: "
+             "nuscenes); items and steps are of the first one's first frame (default: a keyframe "
+             "of nuScenes' size is made in runs/bench-world)")
+    add("--version", help="version folder of nuScenes (default: v1.0-trainval)")
     add("--widths", type=COUNT, nargs="+", action=Distinct, default=[256, 768],
         help="of WaffleIron; the steps take the last one (default: 256 768)")
     add("--depth", type=COUNT, help=f"layers of WaffleIron (default: 48 on a GPU, else {FEW})")
@@ -291,9 +340,9 @@ def main(argv=None):
     device = training.start(args)
     defaults = {"depth": (FEW, 48), "batch": (1, 8), "encoder": ("vit_small14", "dinov2_vitl14"),
                 "precision": ("fp32", "bf16"), "workers": (None, os.cpu_count())}
-    for name, (on_cpu, on_gpu) in defaults.items():
+    for name, values in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, on_gpu if device.type == "cuda" else on_cpu)
+            setattr(args, name, values[device.type == "cuda"])
     torch.backends.cudnn.allow_tf32 = False   # differences are to be those of float32
 
     # ---- data ----
@@ -301,11 +350,12 @@ def main(argv=None):
         args.data = make_world("runs/bench-world", seed=0, train=(1, 0, 0), val=0, frames=1,
                                image_size=(900, 1600), azimuths=1080, lidar_fov=360, cameras=6,
                                workers=1)
-    index = load_index(args.data, args.version)
+    tables = open_tables(str(args.data), args.version)
+    samplings = set_sampling(tables)
     encoder = models.load_image_encoder(args.encoder, "random").to(device)
     encoder.check_size(image_size)
-    frames = Frames(index, np.arange(len(index.lidar)), "all", image_size, CLOUD)
-    items = [frames[0, number] for number in range(len(index.cameras))]
+    frames = Frames(tables, "all", image_size, prepare)
+    items = [frames[0, number] for number in range(len(tables[0].cameras))]
 
     def batch_of(count):
         chosen = [items[n % len(items)] for n in range(count)]
@@ -318,14 +368,14 @@ def main(argv=None):
     cases, note = item_cases(frames)
     checks = check_cost(frames, args.repeats)
     for channels in args.widths:
-        more, model = waffleiron_cases(channels, args.depth, encoder.dim, one, device)
+        more, model = waffleiron_cases(channels, args.depth, encoder.dim, one, samplings, device)
         cases += more
     cases += step_cases(encoder, model, batch, image_size, device)
     rows = []
     for case in cases:
-        print(f"{time.time() - start:4.0f} s: {case.name}", file=sys.stderr, flush=True)
         rows.append(measure(case, args.precision, args.repeats))
-    linear = linear_cost(items, args.widths[0], args, device)
+        print(f"{time.time() - start:4.0f} s:", table(rows[-1:]).splitlines()[-1], file=sys.stderr)
+    linear = linear_cost(items, samplings, args, device)
     loader = "not run"
     if args.workers:
         rate = loader_rate(frames, args.batch, args.workers)

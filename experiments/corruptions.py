@@ -1,16 +1,20 @@
-"""Corrupted images for a probe's evaluation, and corrupted point clouds for stage 2.
+"""Copies of a dataset with corrupted images or scans, and probes judged on them.
 
 Collaborative-distillation paper, Table 6 (images: fog, Gaussian noise, left-right motion blur) and
 Table B (LiDAR: Gaussian noise, density decrease, severities 1 and 2). From the repository's root:
 
-    python -m experiments.corruptions images runs/probe-base runs/probe-cd --severity 3
-    python -m experiments.corruptions lidar gaussian_noise --severity 1 -- FLAGS-OF-STAGE2
-    python -m experiments.corruptions show --data DATA --out runs/corruptions.png
+    run="python -m experiments.corruptions"
+    $run images runs/probe-base runs/probe-cd --severity 3                                # Table 6
+    $run make --data DATA --out data/noisy --sensor lidar --corruption gaussian_noise
+    python stage2.py --data data/noisy --stage1 runs/s1 --out runs/s2-noisy               # Table B
+    $run make --data nuimages=DATA --out data/foggy --corruption fog
+    $run show --data DATA --out runs/corruptions.png
 
-`images` evaluates each probe as eval.py does, clean and under each corruption, and writes the table
-to OUT.md and OUT.json; torchrun works too. `lidar` is stage2.py on corrupted clouds, with the flags
-that come after `--`; probe.py and eval.py follow as for any encoder. `show` draws one image under
-all corruptions.
+`make` writes a corrupted copy of a dataset: a dataset like any other, whose corrupted frames are of
+a condition of their own. experiments/copies.py says what a copy is, and how near its images come to
+the corrupted ones. `images` makes copies of the validation split, evaluates each probe as eval.py
+does, clean and on them, and writes the table to OUT.md and OUT.json; torchrun works too. `show`
+draws one image under all corruptions.
 
 Severity                     1      2      3      4      5
     fog, weight            1.5    2.0    2.5    2.5    3.0   of the fog; the image's is 1 [H]
@@ -36,22 +40,27 @@ Dietterich, ICLR 2019) [H]. The code is ours and differs:
 """
 import functools
 import os
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import correlate1d
 
 import eval as evaluation
-import stage2
-from data import Frames
+from experiments.copies import ChangedImages, ChangedScans, write_copy
+from models import IMAGE_SIZE
 from plumbing import training
 from plumbing.arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
 from plumbing.atomic import write_json, write_text
 from plumbing.errors import InputError, one_line_errors
+from plumbing.fingerprint import digest
 from plumbing.weights import load_checkpoint
-from readers.nuscenes import load_index
+from readers.conditions import is_name
+from readers.files import read_image
+from readers.table import entries, open_tables
+from results import cell, not_comparable
 
+FORMAT = 1  # of a copy: count up when the same arguments give other files
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
@@ -106,66 +115,100 @@ def _as_bytes(image):
     return (255 * image).round().clip(0, 255).astype(np.uint8)
 
 
-# ---- LiDAR: [N, 4] (x, y, z [m], intensity), severity 1..5, rng -> [M, 4] ------------------------
+# ---- LiDAR: [N, C >= 4] (x, y, z [m], intensity, ...), severity 1..5, rng -> [M, C] --------------
 
 def jitter(scan, severity, rng):
     """Gaussian noise on the coordinates; a point's pixel moves with it. M = N."""
     deviation = (0.02, 0.04, 0.06, 0.08, 0.10)[severity - 1]
     noise = deviation * rng.standard_normal((len(scan), 3))
-    return np.column_stack([scan[:, :3] + noise, scan[:, 3]]).astype(scan.dtype)
+    return np.column_stack([scan[:, :3] + noise, scan[:, 3:]]).astype(scan.dtype)
 
 
 def thin_out(scan, severity, rng):
     """Random points of the whole scan go, the others keep their order.
 
-    A higher severity drops the points of a lower one and more.
+    A higher severity drops the points of a lower one and more. What is drawn depends on the number
+    of rows alone, so the same rng drops the labels of the same points.
     """
     share = (0.06, 0.12, 0.18, 0.24, 0.30)[severity - 1]
     kept = rng.permutation(len(scan))[round(share * len(scan)):]
     return scan[np.sort(kept)]
 
 
-# ---- frames --------------------------------------------------------------------------------------
-
 IMAGES = {"fog": fog, "gaussian_noise": gaussian_noise, "motion_blur": motion_blur}
 SCANS = {"gaussian_noise": jitter, "density_decrease": thin_out}
+SENSORS = {"camera": IMAGES, "lidar": SCANS}
 
 
-class _Corrupted(Frames):
-    """Args: those of Frames; corruption, a key of IMAGES or SCANS; severity 1..5; noise_seed."""
+# ---- copies --------------------------------------------------------------------------------------
 
-    def __init__(self, *args, corruption, severity, noise_seed=0, **options):
-        super().__init__(*args, **options)
-        self.corruption = corruption
-        self.severity = severity
-        self.noise_seed = noise_seed
-
-
-class CorruptedImages(_Corrupted):
-    """Frames whose images are corrupted after resizing.
-
-    The corruption of an image is a function of (noise_seed, frame, camera), the same in each epoch.
-    """
-
-    def image(self, frame, camera):
-        rng = np.random.default_rng((self.noise_seed, frame, camera))
-        return IMAGES[self.corruption](super().image(frame, camera), self.severity, rng)
+class How(NamedTuple):
+    """How a dataset is corrupted."""
+    sensor: str        # a key of SENSORS
+    corruption: str    # a key of its corruptions
+    severity: int
+    image_size: tuple  # (H, W) in which images are corrupted
+    seed: int
+    condition: str     # of the corrupted frames
+    split: tuple = ()  # names; () is all
 
 
-class CorruptedScans(_Corrupted):
-    """Frames whose LiDAR scans are corrupted. They have no labels.
+def changed_by(how, table):
+    """The images or scans of a table's frames as they are in a copy."""
+    change = functools.partial(SENSORS[how.sensor][how.corruption], severity=how.severity)
+    if how.sensor == "camera":
+        return ChangedImages(table, change, how.image_size, how.seed)
+    if "scan" not in table:
+        raise InputError(f"--sensor lidar: {table.name} has no LiDAR scans")
+    if table.name != "nuscenes":
+        raise InputError("--sensor lidar: scans and labels are written as nuScenes has them, and "
+                         f"{table.name} has them otherwise")
+    return ChangedScans(table, change, how.corruption == "density_decrease", how.seed)
 
-    The corruption of a scan is a function of (noise_seed, frame), the same in each epoch.
-    """
 
-    def scan(self, frame):
-        if self.labels:
-            raise InputError("corrupted scans have no labels; LiDAR is corrupted for stage 2 only")
-        rng = np.random.default_rng((self.noise_seed, frame))
-        return SCANS[self.corruption](super().scan(frame), self.severity, rng)
+def make_copy(table, version, out, how, workers):
+    """Write a corrupted copy of a dataset, or take the one that is there."""
+    # The frames: of the splits, and good ones; a copy links the others
+    split = sorted(how.split or np.char.decode(np.unique(table["split"])).tolist())
+    rows = np.concatenate([table.select(name, skip_bad=True).rows for name in split])
+    if "bad" in table:
+        rows = rows[table["bad"][rows] == b""]
+    chosen = table.only(np.sort(rows))
+    changed = changed_by(how, chosen)
+
+    # What the copy is made from, and how
+    made_by = {"format": FORMAT, "dataset": table.name, "data": table.root, "version": version}
+    made_by |= chosen.fingerprint(labels=True) | how._asdict()
+    made_by["files"] = chosen.files(labels=how.sensor == "lidar")
+    made_by["split"] = split
+    made_by["image_size"] = list(how.image_size) if how.sensor == "camera" else None
+    write_copy(changed, out, made_by, workers)
 
 
-# ---- the three commands --------------------------------------------------------------------------
+def make(args):
+    """The command: one copy."""
+    if args.corruption not in SENSORS[args.sensor]:
+        raise InputError(f"--corruption {args.corruption}: --sensor {args.sensor} has "
+                         f"{', '.join(SENSORS[args.sensor])}")
+    condition = args.condition or args.corruption
+    if not is_name(condition):
+        raise InputError(f"--condition {condition}: letters, digits, _, - and spaces can be in a "
+                         "name, and full is the column of all frames")
+    table = only_table(args.data, args.version)
+    how = How(args.sensor, args.corruption, args.severity, args.image_size, args.seed, condition,
+              args.split)
+    make_copy(table, args.version, args.out, how, args.workers)
+
+
+def only_table(data, version):
+    """The table of the one dataset that --data says. Raises InputError for several."""
+    found = entries(data)
+    if len(found) > 1:
+        raise InputError(f"--data {data}: one dataset at a time")
+    return open_tables(found, version)[0]
+
+
+# ---- probes on corrupted images ------------------------------------------------------------------
 
 def table(rows):
     """Markdown: a row for each probe, on the full split.
@@ -191,7 +234,7 @@ def table(rows):
             results = row["results"]
             reason = ""
             if row is not first:
-                reason = evaluation.not_comparable(results["clean"], first["results"]["clean"])
+                reason = not_comparable(results["clean"], first["results"]["clean"])
             if reason:
                 notes.append(f"{row['run']} is not compared with {first['run']}: {reason}.")
 
@@ -199,15 +242,36 @@ def table(rows):
             base = {} if row is first or reason else first["results"]
             cells = []
             for name, result in results.items():
-                cells.append(evaluation.cell(result, metric, "full", digits, base.get(name)))
+                cells.append(cell(result, metric, "full", digits, base.get(name)))
             lines.append(f"| {row['run']} | {' | '.join(cells)} |")
     if notes:
         lines += ["", *notes]
     return "\n".join(lines[1:])
 
 
+def copies_for(path, args):
+    """{corruption: --data of a probe's validation split under it}; copies go to args.copies."""
+    probe = load_checkpoint(path, "probe")
+    version = probe["args"]["version"]
+    sources = evaluation.data_given(args.data, evaluation.data_of(probe, path))
+    tables = open_tables(sources, version, look=None)
+    height, width = probe["image_size"]
+    data = {}
+    for name in args.corruptions:
+        how = How("camera", name, args.severity, (height, width), args.seed, name, ("val",))
+        parts = []
+        for table in tables:
+            source = digest([table.root.encode(), str(version).encode()])[:8]
+            out = Path(args.copies, f"{table.name}-{source}-{name}-{args.severity}-"
+                                    f"{height}x{width}-seed{args.seed}")
+            make_copy(table, version, out, how, args.workers)
+            parts.append(f"{table.name}={out}")
+        data[name] = ",".join(parts)
+    return data
+
+
 def evaluate_images(args):
-    """Evaluate the probes clean and under args.corruptions; print and write the table."""
+    """The command: evaluate the probes clean and under args.corruptions, write the table."""
     device = training.start(args)
     args.probes = training.by_first_process(lambda: evaluation.probes_of(args.probes))
     tasks = [load_checkpoint(path, "probe")["task"] for path in args.probes]
@@ -220,11 +284,9 @@ def evaluate_images(args):
     rows = []
     for path, task in zip(args.probes, tasks):
         results = {"clean": evaluation.evaluate(path, device, args.data, args.workers)}
-        for name in args.corruptions:
-            dataset = functools.partial(CorruptedImages, corruption=name, severity=args.severity,
-                                        noise_seed=args.seed)
-            results[name] = evaluation.evaluate(path, device, args.data, args.workers,
-                                                dataset=dataset)
+        copies = training.by_first_process(functools.partial(copies_for, path, args))
+        for name, data in copies.items():
+            results[name] = evaluation.evaluate(path, device, data, args.workers)
         rows.append({"run": str(path), "task": task, "severity": args.severity, "seed": args.seed,
                      "results": results})
 
@@ -235,45 +297,33 @@ def evaluate_images(args):
         print(f"{table(rows)}\n\nwritten: {args.out}.md, {args.out}.json")
 
 
-def train_stage2(args):
-    """stage2.main(args.stage2) on corrupted clouds.
-
-    The corruption is among the run's arguments, so that a run of another one is not resumed.
-    """
-    if not args.stage2:
-        raise InputError("lidar: the arguments of stage2.py are missing; they come after --")
-    chosen = {"corruption": args.corruption, "severity": args.severity, "noise_seed": args.seed}
-    stage2.main(args.stage2, dataset=functools.partial(CorruptedScans, **chosen), **chosen)
-
+# ---- the picture ---------------------------------------------------------------------------------
 
 def draw(args):
-    """Write the picture: a row for each corruption; columns are clean and the severities."""
+    """The command: a row for each corruption; columns are clean and the severities."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    index = load_index(args.data, args.version)
-    if args.camera not in index.cameras:
-        raise InputError(f"--camera {args.camera}: choose one of {', '.join(index.cameras)}")
-    if not 0 <= args.frame < len(index.lidar):
-        raise InputError(f"--frame {args.frame}: there are frames 0 to {len(index.lidar) - 1}")
-
-    # The image as it is
-    height, width = args.image_size
-    place = (index, [args.frame], args.camera, (height, width))
-    view = (args.frame, index.cameras.index(args.camera))
-    clean = Frames(*place).image(*view)
+    table = only_table(args.data, args.version)
+    if table.cameras and args.camera not in table.cameras:
+        raise InputError(f"--camera {args.camera}: choose one of {', '.join(table.cameras)}")
+    camera = table.cameras.index(args.camera) if table.cameras else 0
+    if not 0 <= args.frame < len(table):
+        raise InputError(f"--frame {args.frame}: there are frames 0 to {len(table) - 1}")
 
     # Draw
+    height, width = args.image_size
     row_height = 2.95 * height / width + 0.1
     figure, axes = plt.subplots(len(IMAGES), 1 + len(SEVERITIES),
                                 figsize=(18, row_height * len(IMAGES) + 0.4))
+    clean = read_image(table.path("image", args.frame, camera), (height, width))
     for line, name in enumerate(IMAGES):
-        axes[line, 0].imshow(clean.transpose(1, 2, 0))
+        axes[line, 0].imshow(clean.permute(1, 2, 0))
         axes[line, 0].set_ylabel(name.replace("_", " "), fontsize=15)
         for severity in SEVERITIES:
-            frames = CorruptedImages(*place, corruption=name, severity=severity,
-                                     noise_seed=args.seed)
-            axes[line, severity].imshow(frames.image(*view).transpose(1, 2, 0))
+            how = How("camera", name, severity, (height, width), args.seed, name)
+            image = changed_by(how, table).image(args.frame, camera)
+            axes[line, severity].imshow(image.transpose(1, 2, 0))
     for column, axis in enumerate(axes[0]):
         axis.set_title(f"severity {column}" if column else "clean", fontsize=15)
 
@@ -287,58 +337,61 @@ def draw(args):
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-def parse(argv):
+def parse(argv=None):
     parser = Parser(__doc__, prog="python -m experiments.corruptions")
     commands = parser.add_subparsers(dest="command", required=True)
+
+    make_ = commands.add_parser("make", help="write a corrupted copy of a dataset")
+    add = make_.add_argument
+    add("--data", required=True, help="NAME=PATH of a reader (a bare path: nuscenes)")
+    add("--out", required=True, type=Path, help="folder of the copy")
+    add("--sensor", choices=SENSORS, default="camera", help="(default: %(default)s)")
+    add("--corruption", choices=[*IMAGES, *(name for name in SCANS if name not in IMAGES)],
+        required=True, help=f"camera: {', '.join(IMAGES)}; lidar, of nuScenes: {', '.join(SCANS)}")
+    add("--split", nargs="+", action=Distinct, default=(),
+        help="whose frames are corrupted (default: all splits)")
+    add("--condition", help="of the corrupted frames (default: the corruption's name)")
 
     images = commands.add_parser("images", help="evaluate probes on corrupted images (Table 6)")
     add = images.add_argument
     add("probes", nargs="+", type=Path, help="folders that probe.py wrote, for seg or depth")
     add("--corruptions", nargs="+", action=Distinct, choices=IMAGES, default=list(IMAGES),
         help="(default: all)")
-    add("--data", help="nuScenes root (default: the probe's)")
+    add("--data", help="other frames to judge on, as for eval.py (default: the probe's)")
+    add("--copies", default="runs/corrupted",
+        help="folder of the corrupted copies, which stay there (default: %(default)s)")
     add("--out", default="runs/corruptions",
         help="the table goes to OUT.md and OUT.json (default: %(default)s)")
-    add("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1),
-        help="data-loading processes (default: %(default)s)")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-
-    lidar = commands.add_parser("lidar", help="stage 2 on corrupted clouds (Table B)",
-                                epilog="Then --, stage2.py's arguments.")
-    lidar.add_argument("corruption", choices=SCANS)
 
     show = commands.add_parser("show", help="draw one image under each corruption and severity")
     add = show.add_argument
-    add("--data", required=True, help="nuScenes root")
-    add("--version", default="v1.0-trainval",
-        help="version folder of the root (default: %(default)s)")
-    add("--frame", type=whole(0), default=0, help="its number in the index (default: %(default)s)")
+    add("--data", required=True, help="NAME=PATH of a reader (a bare path: nuscenes)")
+    add("--frame", type=whole(0), default=0, help="its number in the table (default: %(default)s)")
     add("--camera", default="CAM_FRONT", help="its channel (default: %(default)s)")
-    add("--image-size", nargs=2, type=COUNT, default=(224, 448), metavar=("H", "W"),
-        help="(default: 224 448)")
     add("--out", default="runs/corruptions.png", help="file of the picture (default: %(default)s)")
 
-    for command in (images, lidar, show):
+    for command in (make_, images, show):
         command.add_argument("--seed", type=SEED, default=0,
                              help="of the corruptions (default: %(default)s)")
-    for command in (images, lidar):
+    for command in (make_, images):
         command.add_argument("--severity", type=int, choices=SEVERITIES, default=3,
                              help="(default: %(default)s, our choice)")
-
-    # What comes after -- is for stage2.py
-    end = len(argv)
-    if argv[:1] == ["lidar"] and "--" in argv:
-        end = argv.index("--")
-    args = parser.parse_args(argv[:end])
-    args.stage2 = argv[end + 1:]
-    return args
+        command.add_argument("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1),
+                             help="data-loading processes (default: %(default)s)")
+    for command in (make_, show):
+        command.add_argument("--version", help="version folder (default: the reader's)")
+        command.add_argument("--image-size", nargs=2, type=COUNT, default=IMAGE_SIZE,
+                             metavar=("H", "W"),
+                             help="that the encoder sees, in which images are corrupted "
+                                  "(default: 224 448)")
+    return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else list(argv))
-    commands = {"images": evaluate_images, "lidar": train_stage2, "show": draw}
-    commands[args.command](args)
+    args = parse(argv)
+    {"make": make, "images": evaluate_images, "show": draw}[args.command](args)
 
 
 if __name__ == "__main__":

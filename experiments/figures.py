@@ -1,19 +1,20 @@
 """The figures that visualize.py draws: from items and features to matplotlib's figures.
 
-CD is the collaborative-distillation paper.
+Each is of one dataset, whose `FrameTable` names conditions and classes. CD is the collaborative-
+distillation paper. matplotlib and scikit-learn take long to import, so this stands where they are
+used.
 """
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colors, patches
-from matplotlib.figure import Figure  # without pyplot: no window, no list of open figures
 
 from data import DEPTHS
 from distill import sample_features
-from metrics import NOT_AT_NIGHT, confusion_matrix, depth_sums, mean_iou, rmse
-from miniature.colours import COLORS, as_colours, principal_components, unit_features
+from metrics import confusion_matrix, depth_sums, mean_iou, rmse
+from miniature.colours import as_colours, palette, principal_components, unit_features
 from plumbing.errors import InputError
-from readers.nuscenes import CLASSES, CONDITIONS
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.titlepad": 3, "image.interpolation": "nearest",
          "legend.frameon": False, "legend.handlelength": 1.2, "savefig.dpi": 300,
@@ -22,6 +23,7 @@ LEGEND = dict(loc="outside lower center")
 BAR = dict(shrink=0.9, pad=0.01, aspect=30)
 NO_TICKS = dict(xticks=[], yticks=[])
 MARKERS = {"day-clear": ("#e69f00", "o"), "night": ("#0b2a6f", "^")}  # forms, for prints in grey
+OTHER_MARKERS = (("#56b4e9", "s"), ("#009e73", "D"), ("#cc79a7", "v"), ("#d55e00", "P"))
 YELLOW = (1, 1, 0)  # the points of a class
 
 
@@ -30,9 +32,20 @@ def grid(rows, columns, aspect, **more):
 
     Each of the axes is `aspect` times as high as wide.
     """
+    from matplotlib.figure import Figure  # without pyplot: no window, no list of open figures
     height = 7 / max(2, columns) * aspect + 0.16
     figure = Figure((7, rows * height + 0.55), layout="compressed")
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
+def condition_of(item, table):
+    """The name of an item's condition; "" where its dataset states none."""
+    return table.conditions[item["condition"]] if table.conditions else ""
+
+
+def in_words(name):
+    """The name of a class as a person writes it."""
+    return name.replace("_", " ")
 
 
 # ---- PCA ----------------------------------------------------------------------------------------
@@ -59,7 +72,7 @@ def pca_of_encoders(maps):
 
 
 @torch.no_grad()
-def figure_pca(items, encoders, titles):
+def figure_pca(items, encoders, titles, table):
     """CD Fig. 4. A row per item of `views`: the image, each encoder's feature map in colours."""
     widths = [encoder.dim for encoder in encoders]
     if len(set(widths)) > 1:
@@ -75,7 +88,7 @@ def figure_pca(items, encoders, titles):
     figure, axes = grid(len(items), 1 + len(encoders), height / width, subplot_kw=NO_TICKS)
     for line, item, *pictures in zip(axes, items, *colours):
         line[0].imshow(item["image"].permute(1, 2, 0).numpy())
-        line[0].set_ylabel(CONDITIONS[item["condition"]])
+        line[0].set_ylabel(condition_of(item, table))
         for axis, picture in zip(line[1:], pictures):
             axis.imshow(picture)
     axes[0, 0].set_title("image")
@@ -91,12 +104,14 @@ def figure_pca(items, encoders, titles):
 def figure_tsne(features, titles, seed=0):
     """CD Fig. 3. A panel per encoder: t-SNE of its images' L2-normalised features.
 
-    Args: features, a list per encoder of {condition in MARKERS: [N, D]}.
+    Args: features, a list per encoder of {condition: [N, D]}.
     A panel's title has the silhouette score of the conditions in the features' own space: 1 for
     tight clusters apart, 0 for one cluster.
     """
-    from sklearn.manifold import TSNE  # here: it takes long to import
+    from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
+    others = itertools.cycle(OTHER_MARKERS)
+    markers = {name: MARKERS.get(name) or next(others) for name in features[0]}
     figure, axes = grid(1, len(features), 1, subplot_kw=NO_TICKS | dict(box_aspect=1))
     for axis, parts, title in zip(axes[0], features, titles):
         rows = F.normalize(torch.cat(list(parts.values())).double(), dim=1).numpy()
@@ -104,7 +119,7 @@ def figure_tsne(features, titles, seed=0):
         perplexity = min(30, (len(rows) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, random_state=seed % 2**32)
         places = tsne.fit_transform(rows)                               # [N, 2]
-        for name, (color, marker) in MARKERS.items():
+        for name, (color, marker) in markers.items():
             axis.scatter(*places[names == name].T, s=18, c=color, marker=marker, linewidths=0.3,
                          edgecolors="white", label=f"{name}, {len(parts[name])} images")
         score = silhouette_score(rows, names)
@@ -115,8 +130,8 @@ def figure_tsne(features, titles, seed=0):
 
 # ---- probes -------------------------------------------------------------------------------------
 
-def judge(task, outputs, item, size):
-    """One image's metric, at its LiDAR points as eval.py has it: "mIoU 50.0 %".
+def judge(task, outputs, item, size, table):
+    """One image's metric, at its points as eval.py has it: "mIoU 50.0 %".
 
     outputs [1, C, h, w] are a probe's. Its head is affine, so it may come before the sampling.
     """
@@ -125,36 +140,38 @@ def judge(task, outputs, item, size):
     if task == "depth":
         sums = depth_sums(points[:, 0], item["depths"], image, 1)
         return f"RMSE {rmse(sums)[0]:.2f} m"
-    left_out = ()
-    if CONDITIONS[item["condition"]] == "night":
-        left_out = [CLASSES.index(name) - 1 for name in NOT_AT_NIGHT]
+    classes = table.reader.CLASSES[1:]
+    names = getattr(table.reader, "LEFT_OUT", {}).get(condition_of(item, table), ())
+    left_out = [classes.index(name) for name in names if name in classes]
     chosen = item["labels"] > 0
     predicted, labels = points[chosen].argmax(1), item["labels"][chosen] - 1
-    confusion = confusion_matrix(predicted, labels, len(CLASSES) - 1)
+    confusion = confusion_matrix(predicted, labels, len(classes))
     return f"mIoU {100 * mean_iou(confusion, left_out):.1f} %"
 
 
 @torch.no_grad()
-def figure_probes(task, items, probes, titles):
+def figure_probes(task, items, probes, titles, table):
     """CD Fig. A (task "depth") and B ("seg"). A row per item of `views`.
 
-    A row has the image, the LiDAR points, and each probe's prediction everywhere. Outputs are
-    up-sampled bilinearly before the class is decided. Above a prediction stands the image's own
-    metric: RMSE, or mIoU over the classes that are there or predicted.
+    A row has the image, the LiDAR points or labelled pixels, and each probe's prediction
+    everywhere. Outputs are up-sampled bilinearly before the class is decided. Above a prediction
+    stands the image's own metric: RMSE, or mIoU over the classes that are there or predicted.
     Args: probes, a list of (encoder, head).
     """
+    from matplotlib import colors
     _, *size = items[0]["image"].shape
     depth = task == "depth"
     if depth:
         how = dict(cmap="turbo_r", norm=colors.LogNorm(2, DEPTHS[1]))
     else:
-        how = dict(cmap=COLORS, norm=colors.Normalize(0, COLORS.N - 1))
+        of_classes = palette(table.reader.CLASSES)
+        how = dict(cmap=of_classes, norm=colors.Normalize(0, of_classes.N - 1))
     figure, axes = grid(len(items), 2 + len(probes), size[0] / size[1], subplot_kw=NO_TICKS)
     present = set()
     for line, item in zip(axes, items):
         image = item["image"].permute(1, 2, 0).numpy()
         line[0].imshow(image)
-        line[0].set_ylabel(CONDITIONS[item["condition"]])
+        line[0].set_ylabel(condition_of(item, table))
 
         # The points, on a pale image for them to stand out
         truth = item["depths" if depth else "labels"].numpy()
@@ -172,25 +189,31 @@ def figure_probes(task, items, probes, titles):
             dense = F.interpolate(outputs, size=size, mode="bilinear", align_corners=True)[0]
             values = dense[0].clamp(*DEPTHS) if depth else dense.argmax(0) + 1      # [H, W]
             drawn = axis.imshow(values.numpy(), **how)
-            axis.set_title(judge(task, outputs, item, size))
+            axis.set_title(judge(task, outputs, item, size, table))
             present.update(values.unique().tolist())
 
-    for axis, title in zip(axes[0], ["image", "LiDAR points", *titles]):
+    points = "LiDAR points" if "scan" in table else "labelled pixels"
+    for axis, title in zip(axes[0], ["image", points, *titles]):
         axis.set_title(f"{title}\n{axis.get_title()}".strip())
     if depth:
         bar = figure.colorbar(drawn, ax=axes, label="depth [m]", ticks=(2, 5, 10, 20, 40, 80),
                               format="%d", **BAR)
         bar.minorticks_off()
     else:
-        handles = [patches.Patch(color=COLORS(n), label=CLASSES[n].replace("_", " "))
-                   for n in sorted(present)]
-        figure.legend(handles=handles, ncols=6, **LEGEND)
+        add_legend(figure, of_classes, table.reader.CLASSES, sorted(present))
     return figure
+
+
+def add_legend(figure, of_classes, names, numbers):
+    """A legend of the classes of these numbers; of_classes: the `palette` of all."""
+    from matplotlib.patches import Patch
+    handles = [Patch(color=of_classes(n), label=in_words(names[n])) for n in numbers]
+    figure.legend(handles=handles, ncols=6, **LEGEND)
 
 
 # ---- point clouds -------------------------------------------------------------------------------
 
-def figure_similarity(columns):
+def figure_similarity(columns, table):
     """ScaLR Fig. 1 and 3. Two panels a column, seen from above.
 
     Above are a scan's points, those of a class in yellow. Below is all points' similarity to a
@@ -199,22 +222,23 @@ def figure_similarity(columns):
     L2-normalised; class number, 0 for none; row of the point whose feature the reference is, None
     where it is a class prototype).
     """
-    drawn_points = np.concatenate([item["feats"][item["part"], 1:3] for item, *_ in columns])
+    from matplotlib.patches import Patch
+    drawn_points = np.concatenate([item["xyz"][item["part"], :2] for item, *_ in columns])
     width, height = np.ptp(drawn_points, axis=0)
     aspect = 0.9 * height / width  # 0.9: what the scales leave
     # On dark, both ends and the middle of the colours are seen
     figure, axes = grid(2, len(columns), aspect, sharex=True, sharey=True,
                         subplot_kw=dict(aspect="equal", facecolor="#202020"))
     for (above, below), column in zip(axes.T, columns):
-        drawn, ring = draw_column(above, below, column, len(columns))
+        drawn, ring = draw_column(above, below, column, len(columns), table)
 
     *_, number, point = columns[-1]  # all columns have a class, or none; a point, or none
     axes[0, 0].set_ylabel("labels\ny [m]" if number else "y [m]")
     axes[1, 0].set_ylabel("similarity\ny [m]")
     handles = []
     if number:
-        handles.append(patches.Patch(color=YELLOW, label="points of the class; AUC: how often one "
-                                                         "is more similar than another point"))
+        handles.append(Patch(color=YELLOW, label="points of the class; AUC: how often one is more "
+                                                 "similar than another point"))
     if ring:
         handles.append(ring)
     figure.legend(handles=handles, ncols=2, **LEGEND)
@@ -223,14 +247,15 @@ def figure_similarity(columns):
     return figure
 
 
-def draw_column(above, below, column, count):
+def draw_column(above, below, column, count, table):
     """One of `count` columns of `figure_similarity`, on its two axes.
 
     Returns: the dots below, for the colour bar; the ring around the chosen point above, or None.
     """
+    from matplotlib.colors import Normalize
     from sklearn.metrics import roc_auc_score
     item, features, reference, number, point = column
-    xyz, part = item["feats"][:, 1:4].numpy(), item["part"].numpy()
+    xyz, part = item["xyz"].numpy(), item["part"].numpy()
     similarity = (features @ reference).numpy()
     labels = np.where(part, item["labels"].numpy(), 0) if number else np.full(len(xyz), -1)
 
@@ -240,20 +265,19 @@ def draw_column(above, below, column, count):
     dots = dict(s=np.clip(16000 / len(order) / count, 0.3, 3), linewidths=0)
     of_class = (labels == number)[order, None]
     above.scatter(x, y, c=np.where(of_class, YELLOW, 0.4), **dots)
-    drawn = below.scatter(x, y, c=similarity[order], cmap="coolwarm", norm=colors.Normalize(-1, 1),
-                          **dots)
+    drawn = below.scatter(x, y, c=similarity[order], cmap="coolwarm", norm=Normalize(-1, 1), **dots)
     ring = None
     if point is not None:
         circle = dict(s=80, facecolors="none", edgecolors="#30e030", linewidths=1.5)
         ring = above.scatter(*xyz[point, :2], label="chosen point", **circle)
         below.scatter(*xyz[point, :2], **circle)
 
-    above.set_title(CONDITIONS[item["condition"]])
+    above.set_title(condition_of(item, table))
     below.set_xlabel("x [m]")
     if number:
-        name = CLASSES[number].replace("_", " ")
+        name = in_words(table.reader.CLASSES[number])
         labelled = labels > 0
         score = roc_auc_score(labels[labelled] == number, similarity[labelled])
-        above.set_title(f"{CONDITIONS[item['condition']]}\n{name}")
+        above.set_title(f"{condition_of(item, table)}\n{name}".strip())
         below.set_title(f"AUC {score:.2f}")
     return drawn, ring

@@ -8,44 +8,47 @@ from tqdm import tqdm
 
 import models
 import stage1
-from data import Frames, collate
+from data import Frames, collate, select
 from plumbing import training
+from plumbing.errors import say
+from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.nuscenes import load_index
+from readers.table import open_tables
 
 
 def build(args, device, out_channels=None, labels=False):
     """What the main of stage1.py builds by its flags, here with another head or with labels.
 
     Args:
-        out_channels: of WaffleIron's head (default: the image encoder's).
+        out_channels: of the 3D encoder's head (default: the image encoder's).
         labels: frames with labels and without images.
-    Returns: image encoder, WaffleIron, frames, and what stage 1's checkpoint says of the three.
+    Returns: image encoder, 3D encoder, frames, and what stage 1's checkpoint says of the three.
     """
     with training.first_process_first():
-        index = load_index(args.data, args.version, look=False)
+        tables = open_tables(args.data, args.version, look=False)
         encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature,
                                             careful=False).to(device)
-    if training.rank() == 0:
-        print(index.summary(), flush=True)
+    for table in tables:
+        say(table.summary())
 
     # Frames
     image_size = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE)
     image_size = encoder.check_size(image_size)
-    cloud = stage1.cloud_of(args)
-    size = None if labels else image_size
+    samplings = stage1.samplings_of(args, tables)
     skip_bad = args.on_bad_frame == "skip"
-    rows = index.select("train", args.conditions, args.limit, skip_bad=skip_bad)
-    frames = Frames(index, rows, args.cameras, size, cloud, training=True, augment=True,
-                    labels=labels, skip_bad=skip_bad, seed=args.seed)
+    tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
+    backbone = models.backbone(args.backbone)
+    size, target = (None, "labels") if labels else (image_size, None)
+    frames = Frames(tables, args.cameras, size, backbone.prepare, target, "augmented", skip_bad,
+                    args.seed)
 
-    # WaffleIron, and what a checkpoint says of all
-    waffleiron = stage1.waffleiron_of(args, cloud, out_channels or encoder.dim).to(device)
-    made_from = {"encoder": encoder.fingerprint(), "frames": index.fingerprint(rows, labels),
+    # The 3D encoder, and what a checkpoint says of all
+    point_encoder = backbone.build(args, samplings, out_channels or encoder.dim).to(device)
+    made_from = {"encoder": encoder.fingerprint(), "frames": of_frames(tables, labels),
                  "input": {"image_size": image_size}}
-    content = {"waffleiron": waffleiron.spec, "cloud": cloud, "encoder": models.source_of(args),
-               "image_size": image_size, "made_from": made_from}
-    return encoder, waffleiron, frames, content
+    content = {"backbone": args.backbone, "spec": point_encoder.spec, "samplings": samplings,
+               "encoder": models.source_of(args), "image_size": image_size, "made_from": made_from}
+    return encoder, point_encoder, frames, content
 
 
 def train(args, device, frames, model, loss_of, peaks, parts, content):
@@ -75,7 +78,7 @@ def train(args, device, frames, model, loss_of, peaks, parts, content):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    log = Log(args.out, device, model, checkpoint, len(frames.rows))
+    log = Log(args.out, device, model, checkpoint, frames.frame_count())
     saver = Saver(args, batches.per_epoch, total)
     # With "prenorm", for example, the final norm gets no gradient
     distributed = training.distribute(model, device, find_unused_parameters=True)
@@ -120,7 +123,7 @@ def _optimizer(args, peaks):
 
 
 def _warmup_steps(args, total):
-    """--warmup in steps: stage1.py's flag counts steps, stage2.py's is a part of the run."""
-    if "stage1" in args:
-        return round(args.warmup * total)
-    return min(args.warmup, total // 10)
+    """Steps from 0 to the peak: stage2.py's flag is a part of the run, stage1.py's are steps."""
+    if "warmup_part" in args:
+        return round(args.warmup_part * total)
+    return min(args.warmup_steps, total // 10)

@@ -19,11 +19,10 @@ and gradients (tests/test_bench.py). experiments/bench.py measures what the othe
     images decoded in full                       readers/files.py: at a part of their resolution
     voxels by np.unique of rows                  data.py: of one number a voxel
     pixels of all points                         of the points in front of the camera
+    scans read for images alone, too             not read
 
 Compare the two in eval(): in train() the padding enters the statistics of BatchNorm.
 """
-import os
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,18 +31,22 @@ from scipy.spatial import cKDTree
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import plane_sizes
+from data import as_tensor, project
+from readers.files import read_image
+from waffleiron import plane_sizes
 
 # ---- a padded batch -----------------------------------------------------------------------------
 
-def pad(feats, cells, neighbors, batch):
+def pad(batch):
     """A ragged batch, as data.collate makes it, zero-padded to its largest cloud.
 
-    Args: feats [M, Cin], cells [P, M], neighbors [M, K], batch [M], of the M points of all clouds.
-    Returns: feats [B, Cin, N]; cells [B, P, N]; neighbors [B, K, N], which number the points of
+    Its inputs are points [M, Cin], cells [M, P] and neighbors [M, K] of the M points of all clouds.
+    Returns: points [B, Cin, N]; cells [B, P, N]; neighbors [B, K, N], which number the points of
     their own cloud; occupied [B, N], False for padding.
     """
-    counts = torch.bincount(batch).tolist()
+    points, cells, neighbors = (batch["inputs"][n] for n in ("points", "cells", "neighbors"))
+    view = batch["view"]
+    counts = torch.bincount(view).tolist()
 
     def padded(rows):
         """[M, C] -> [B, C, N]."""
@@ -51,9 +54,9 @@ def pad(feats, cells, neighbors, batch):
 
     # Neighbours are rows of the batch. A cloud's first point becomes number 0.
     own = [rows - sum(counts[:b]) for b, rows in enumerate(neighbors.split(counts))]
-    everywhere = torch.ones_like(batch, dtype=torch.bool)
+    everywhere = torch.ones_like(view, dtype=torch.bool)
     occupied = pad_sequence(everywhere.split(counts), batch_first=True)
-    return padded(feats), padded(cells.T), padded(torch.cat(own)), occupied
+    return padded(points), padded(cells), padded(torch.cat(own)), occupied
 
 
 def on_columns(layer, x):
@@ -71,14 +74,14 @@ def on_columns(layer, x):
 
 # ---- WaffleIron ---------------------------------------------------------------------------------
 
-def plain_embedding(embed, feats, neighbors):
+def plain_embedding(embed, points, neighbors):
     """Embed each point with its neighbours: its own features, beside a maximum over its edges.
 
-    feats [B, Cin, N], neighbors [B, K, N] -> [B, C, N].
+    points [B, Cin, N], neighbors [B, K, N] -> [B, C, N].
     """
-    b, c, n = feats.shape
+    b, c, n = points.shape
     k = neighbors.shape[1]
-    x = on_columns(embed.norm, feats)                                   # [B, Cin, N]
+    x = on_columns(embed.norm, points)                                  # [B, Cin, N]
 
     # An edge is a neighbour's features minus the point's own. An MLP works on each.
     index = neighbors.flatten(1).unsqueeze(1).expand(-1, c, -1)         # [B, Cin, K N]
@@ -137,17 +140,18 @@ def plain_channel_mix(mix, x):
     return mix.scale.unsqueeze(1) * on_columns(mix.mlp, on_columns(mix.norm, x))
 
 
-def plain_waffleiron(model, feats, cells, neighbors, occupied):
+def plain_waffleiron(model, points, cells, neighbors, occupied):
     """What a `WaffleIron` without drop path computes, on a batch from `pad`.
 
     Returns: [M, Cout], the M points of all clouds one after the other, without the padding.
     """
     grids = model.spec["grids"]
     planes = cells.unbind(1)                                            # P times [B, N]
-    shares = [share_of_cell(cell, grid, occupied, feats.dtype)
+    shares = [share_of_cell(cell, grid, occupied, points.dtype)
               for cell, grid in zip(planes, grids)]                     # once for all layers
 
-    x = plain_embedding(model.embed, feats, neighbors).to(feats.dtype)  # [B, C, N]
+    x = plain_embedding(model.embed, points, neighbors)
+    x = x.to(points.dtype)                                              # [B, C, N]
     for i, (spatial_mix, channel_mix) in enumerate(zip(model.spatial_mix, model.channel_mix)):
         p = i % len(grids)                                              # the planes take turns
         x = x + plain_spatial_mix(spatial_mix, x, planes[p], shares[p], grids[p])
@@ -157,22 +161,21 @@ def plain_waffleiron(model, feats, cells, neighbors, occupied):
 
 # ---- pixel features -----------------------------------------------------------------------------
 
-def plain_pixel_features(maps, pixels, batch, image_size):
+def plain_pixel_features(maps, pixels, view, image_size):
     """Up-sample feature maps [B, D, h, w] to the image and read whole pixels [M, 2] -> [M, D].
 
-    batch [M] is the image of each pixel.
+    view [M] is the image of each pixel.
     """
     upsampled = F.interpolate(maps, size=tuple(image_size), mode="bilinear", align_corners=True)
     row, col = pixels.long().unbind(1)
-    return upsampled[batch, :, row, col]
+    return upsampled[view, :, row, col]
 
 
 # ---- a data item --------------------------------------------------------------------------------
 
-def plain_image(frames, frame, camera):
-    """uint8 [3, H, W]: the image of a frame's camera, decoded in full and then resized."""
-    path = os.path.join(frames.index.root, frames.index.image[frame, camera].decode())
-    height, width = frames.image_size
+def plain_image(path, size):
+    """uint8 [3, H, W]: an image file, decoded in full and then resized to `size` = (H, W)."""
+    height, width = size
     with Image.open(path) as image:
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     return np.array(resized).transpose(2, 0, 1)
@@ -184,54 +187,69 @@ def first_of_voxels(xyz, voxel):
     return np.sort(np.unique(voxels, axis=0, return_index=True)[1])
 
 
-def plain_inputs(xyz, intensity, cloud):
-    """What WaffleIron takes of points [N, 3] and their intensity [N]; `cloud` as data.CLOUD."""
-    mean, std = cloud["intensity"]
+def plain_inputs(xyz, intensity, sampling):
+    """What WaffleIron takes of points [N, 3], intensity [N]; `sampling` as a reader's SAMPLING."""
+    mean, std = sampling["intensity"]
     radius = np.linalg.norm(xyz, axis=1)
-    feats = np.column_stack([(intensity - mean) / std, xyz, radius])    # [N, 5]
+    points = np.column_stack([(intensity - mean) / std, xyz, radius])   # [N, 5]
 
     # The cell of a point on the planes with normal axis z, y, x.
-    fov, cell = np.asarray(cloud["fov"]), cloud["cell"]
+    fov, cell = np.asarray(sampling["fov"]), sampling["cell"]
     x, y, z = np.floor((xyz + fov) / cell).astype(np.int64).T
     (_, width_xy), (_, width_z), _ = plane_sizes(fov, cell)
-    cells = np.stack([x * width_xy + y, x * width_z + z, y * width_z + z])
+    cells = np.stack([x * width_xy + y, x * width_z + z, y * width_z + z], axis=1)
 
     # A point's nearest one is the point itself.
-    _, nearest = cKDTree(xyz).query(xyz, k=cloud["neighbors"] + 1)      # [N, K + 1]
-    return {"feats": feats.astype(np.float32), "cells": cells, "neighbors": nearest[:, 1:]}
+    _, nearest = cKDTree(xyz).query(xyz, k=sampling["neighbors"] + 1)   # [N, K + 1]
+    arrays = {"points": points.astype(np.float32), "cells": cells, "neighbors": nearest[:, 1:]}
+    return {name: as_tensor(values) for name, values in arrays.items()}
 
 
 def plain_item(frames, key, whole=False):
-    """The item frames[key] without its condition, of a `Frames` of all cameras, not in training.
+    """The item frames[key] without its condition, of a `Frames` of "first" points.
 
     The first point in each voxel is kept: of the points that are within reach and in view, or, with
     `whole`, of all points within reach. There a voxel is lost whose first point is out of view.
     """
-    index = frames.index
-    number, camera = divmod(key[1], len(index.cameras))
-    frame = frames.rows[number]
-    points = frames.scan(frame)                                         # [A, 4] x, y, z, intensity
+    which, row, camera, _ = frames.locate(key)
+    table = frames.tables[which]
+    points = table.reader.scan(table.path("scan", row))                 # [A, 4] x, y, z, intensity
 
     # Project all points: LiDAR -> camera -> pixels (row, col) of the raw image.
     ones = np.ones(len(points))
     homogeneous = np.column_stack([points[:, :3], ones])
-    in_camera = homogeneous @ index.cam_from_lidar[frame, camera].T     # [A, 4]
-    pixels = in_camera[:, :3] @ index.intrinsics[frame, camera].T       # [A, 3]
+    in_camera = homogeneous @ table["cam_from_lidar"][row, camera].T    # [A, 4]
+    pixels = in_camera[:, :3] @ table["intrinsics"][row, camera].T      # [A, 3]
     pixels = pixels[:, 1::-1] / pixels[:, 2:]                           # [A, 2]
 
     # Keep one point a voxel, the first one.
-    fov = np.asarray(frames.cloud["fov"])
-    size = index.image_size[frame, camera]
-    reached = (np.abs(points[:, :3]) < fov - 1e-4).all(1)
+    sampling = table.sampling
+    size = table["image_size"][row, camera]
+    reached = (np.abs(points[:, :3]) < np.asarray(sampling["fov"]) - 1e-4).all(1)
     seen = (in_camera[:, 2] > 1) & (pixels > 0).all(1) & (pixels < size - 1).all(1)
     candidates = np.flatnonzero(reached if whole else reached & seen)
-    keep = candidates[first_of_voxels(points[candidates, :3], frames.cloud["voxel"])]
+    keep = candidates[first_of_voxels(points[candidates, :3], sampling["voxel"])]
     keep = keep[seen[keep]]                                             # [N]
 
     # What the networks take of the points that are left.
-    arrays = plain_inputs(points[keep, :3], points[keep, 3], frames.cloud)
+    image = plain_image(table.path("image", row, camera), frames.image_size)
     scale = np.asarray(frames.image_size) / size
-    arrays["image"] = plain_image(frames, frame, camera)
-    arrays["pixels"] = (pixels[keep] * scale).astype(np.float32)
-    arrays["depths"] = in_camera[keep, 2].astype(np.float32)
-    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    return {"image": as_tensor(image), "pixels": as_tensor(pixels[keep] * scale),
+            "depths": as_tensor(in_camera[keep, 2]),
+            "inputs": plain_inputs(points[keep, :3], points[keep, 3], sampling)}
+
+
+def plain_image_item(frames, key):
+    """The item frames[key] without its condition, of a `Frames` of images alone.
+
+    A scan is read and projected, although nobody asks for its points. The image is read as there.
+    """
+    which, row, camera, _ = frames.locate(key)
+    table = frames.tables[which]
+    points = table.reader.scan(table.path("scan", row))                 # [A, 4]
+    size = table["image_size"][row, camera]
+    _, pixels, depths = project(points[:, :3], table["cam_from_lidar"][row, camera],
+                                table["intrinsics"][row, camera], size)
+    pixels = pixels * (np.asarray(frames.image_size) / size)            # [N, 2]
+    image = read_image(table.path("image", row, camera), frames.image_size, size)
+    return {"image": image, "pixels": as_tensor(pixels), "depths": as_tensor(depths)}

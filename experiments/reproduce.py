@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
 from demo import run as run_command
-from eval import not_comparable
 from plumbing.arguments import SEED, Distinct, Parser
 from plumbing.atomic import read_json, write_json, write_text
 from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import digest
+from results import not_comparable
 
 # In percent and metres: what a probe's own training can move (miniature/README.md)
 NOISE = {"mIoU": 0.5, "RMSE": 0.1}
@@ -33,27 +33,42 @@ RULE = ("*holds*: the mean difference in the claimed direction is larger than th
 # ---- commands ------------------------------------------------------------------------------------
 
 ENCODER = "miniature/encoder.pth"  # "base" among the runs: the image encoder as it was
-WORLDS = ("world", "images")
-FROM_ENCODER = f"{{common}} --encoder {ENCODER} --out {{here}} {STAGE1}"
-ONE_PERCENT = "--finetune --percent 1 --head batchnorm --batch 4 --lr 3e-4 --epochs 60"
-CORRUPTED = "--severity 3"  # of Table 6's images
+WORLDS = ("world", "images", "world-noisy", "world-sparse")
+ONE_PERCENT = "--percent 1 --head batchnorm --batch 4 --lr 3e-4 --epochs 60"
+CORRUPTED = "--corruptions fog gaussian_noise motion_blur --severity 3"  # of Table 6's images
 
 
-def _after(first):
+def _on(data):
+    """Arguments of every training on a dataset. --restart sets a run by another recipe aside."""
+    return f"--data {data} --seed {{seed}} --workers 0 --restart"
+
+
+def _after(first, data="{world}"):
     """Arguments of stage 2 after the run `first`."""
-    return f"{{common}} --stage1 {{{first}}} --out {{here}} {STAGE2}"
+    return f"{_on(data)} --stage1 {{{first}}} --out {{here}} {STAGE2}"
 
+
+def _copy(corruption):
+    """The command that makes a copy of the world whose scans are corrupted."""
+    return ("-m experiments.corruptions make --data {world} --out {here} --sensor lidar "
+            f"--corruption {corruption} --severity 2 --workers 0")
+
+
+WORLD = _on("{world}")
+IMAGES = _on("nuimages={images}")
+FROM_ENCODER = f"{WORLD} --encoder {{base}} --out {{here}} {STAGE1}"
 
 # run: command. {name} is the folder of another run, which is made first; {here} is the run's own.
 COMMANDS = {
     "world": "miniature/world.py --out {here} --seed {seed}",
     "images": "miniature/world.py --dataset nuimages --out {here} --seed {images_seed}",
+    "world-noisy": _copy("gaussian_noise"),
+    "world-sparse": _copy("density_decrease"),
     "stage1": f"stage1.py {FROM_ENCODER}",
     "cd": f"stage2.py {_after('stage1')}",
     "stage1-all": f"-m experiments.ablations stage1-all-conditions {FROM_ENCODER}",
     "cd-longer": f"stage2.py {_after('stage1')} --epochs 12",
-    "cd-noisy": "-m experiments.corruptions lidar gaussian_noise --severity 2 -- "
-                f"{_after('stage1')}",
+    "cd-noisy": f"stage2.py {_after('stage1', '{world-noisy}')}",
     "labels": f"-m experiments.ablations no-stage1 {FROM_ENCODER}",
     "no-stage1": f"stage2.py {_after('labels')}",
     "2d-head-1": f"-m experiments.ablations 2d-head {FROM_ENCODER}",
@@ -61,16 +76,15 @@ COMMANDS = {
     "joint": f"-m experiments.ablations joint {FROM_ENCODER} --batch 16 --lr-2d 4e-3",
     "joint-contrastive": "-m experiments.ablations joint --loss contrastive "
                          f"{FROM_ENCODER} --batch 16 --lr-2d 4e-3",
-    "cd-sparse": "-m experiments.corruptions lidar density_decrease --severity 2 -- "
-                 f"{_after('stage1')}",
+    "cd-sparse": f"stage2.py {_after('stage1', '{world-sparse}')}",
 }
-# task: arguments of probe.py, for any encoder
+# task: command of a probe, without --encoder and --out
 TASKS = {
-    **{task: f"--task {task} {flags}" for task, flags in PROBES.items()},
-    "nuimages": f"--task nuimages {PROBES['seg']}",
-    "seg-1%": f"--task seg {ONE_PERCENT}",
-    "nuimages-1%": f"--task nuimages {ONE_PERCENT}",
-    "depth-finetuned": "--task depth --finetune --head batchnorm --batch 16 --lr 1e-3 "
+    **{task: f"probe.py {WORLD} --task {task} {flags}" for task, flags in PROBES.items()},
+    "nuimages": f"probe.py {IMAGES} --task seg {PROBES['seg']}",
+    "seg-1%": f"finetune.py {WORLD} --task seg {ONE_PERCENT}",
+    "nuimages-1%": f"finetune.py {IMAGES} --task seg {ONE_PERCENT}",
+    "depth-finetuned": f"finetune.py {WORLD} --task depth --head batchnorm --batch 16 --lr 1e-3 "
                        "--head-lr 1e-1 --epochs 4",
 }
 
@@ -235,27 +249,15 @@ class World:
 
     def run(self, name):
         """The folder of a run of COMMANDS, or the encoder as it was. Makes first what it needs."""
-        if name == "base":
-            return ENCODER
+        return ENCODER if name == "base" else self.follow(name, COMMANDS[name])
 
-        # The runs whose folders the command names, and the world unless it is one
-        command = COMMANDS[name]
-        folders = {other: self.run(other) for other in COMMANDS if f"{{{other}}}" in command}
-        needed = list(folders)
-        common = ""
-        if name not in WORLDS:
-            needed.insert(0, "world")
-            common = self.common("world")
-        command = command.format(here=self.folder / name, seed=self.seed, common=common,
+    def follow(self, name, command):
+        """Make a run by a command as in COMMANDS, after the runs that it names."""
+        named = [other for other in ("base", *COMMANDS) if f"{{{other}}}" in command]
+        folders = {other: self.run(other) for other in named}
+        command = command.format(here=self.folder / name, seed=self.seed,
                                  images_seed=self.seed + 100, **folders)
-        return self.make(name, command, *needed)
-
-    def common(self, data):
-        """Arguments of every training on a dataset, which is made first.
-
-        --restart sets a run by another recipe aside.
-        """
-        return f"--data {self.run(data)} --seed {self.seed} --workers 0 --restart"
+        return self.make(name, command, *named)
 
     def values(self, claim):
         """(better, worse) of a claim; what it needs is run first.
@@ -282,20 +284,16 @@ class World:
         """The result of an evaluation, as eval.py gives it; what it needs is run first."""
         # The probe
         name = f"{number.task.replace('%', '')}-{number.run}"
-        data = "images" if number.task.startswith("nuimages") else "world"
-        encoder = self.run(number.run)
-        common = self.common(data)
-        command = (f"probe.py {common} --encoder {encoder} --out {self.folder / name} "
-                   f"{TASKS[number.task]}")
-        probe = self.make(name, command, data, number.run)
+        command = f"{TASKS[number.task]} --encoder {{{number.run}}} --out {{here}}"
+        probe = self.follow(name, command)
 
         # Its evaluation, which writes all conditions, or all corruptions, at once
         clean = number.corruption == "clean"
         kind = "table" if clean else "corrupted"
-        script = "eval.py" if clean else "-m experiments.corruptions images"
-        flags = "" if clean else CORRUPTED
         out = f"{self.folder / name}-{kind}"
-        self.make(f"{name}-{kind}", f"{script} {probe} {flags} --out {out} --workers 0", name)
+        script = "eval.py" if clean else "-m experiments.corruptions images"
+        more = "" if clean else f" {CORRUPTED} --copies {self.folder}/corrupted"
+        self.make(f"{name}-{kind}", f"{script} {probe} --out {out} --workers 0{more}", name)
         written = read_json(f"{out}.json")
         if written is None:
             raise InputError(f"{out}.json: cannot be read; remove {self.note}, "

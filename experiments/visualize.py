@@ -16,35 +16,68 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context
 
-from data import CLOUD, DEPTHS, Frames, collate
-from eval import are_own_frames, data_of, load_probe
+import models
+from data import Frames, as_tensor, collate, select, set_sampling
+from eval import are_own_frames, check_classes, data_given, data_of, load_probe
 from experiments.figures import (MARKERS, STYLE, figure_pca, figure_probes, figure_similarity,
                                  figure_tsne)
-from models import ENCODERS, IMAGE_SIZE, load_image_encoder
 from plumbing import training
 from plumbing.arguments import COUNT, SEED, Distinct, Parser, real, whole
 from plumbing.errors import InputError, one_line_errors
-from plumbing.fingerprint import with_files
-from readers.nuscenes import CLASSES, CONDITIONS, load_index
-from waffleiron import load_waffleiron
+from plumbing.fingerprint import of_frames
+from probe import TASKS
+from readers.table import open_tables
 
 ENOUGH = 5  # how many points of a class a scan must have to be drawn for it
+SHOWN = ("car", "pedestrian", "driveable_surface", "sidewalk")  # unless --classes says otherwise
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+def open_one(data, version):
+    """The `FrameTable` of --data. Raises InputError for several: a picture is of one dataset."""
+    tables = open_tables(data, version)
+    if len(tables) > 1:
+        raise InputError(f"--data: a picture is of one dataset, not of "
+                         f"{' and '.join(table.name for table in tables)}; give one")
+    return tables[0]
+
+
+def conditions_there(table):
+    """The conditions of the validation frames; (None,) where the dataset states none."""
+    if not table.conditions:
+        return (None,)
+    rows = table.select("val").rows
+    return [table.conditions[number] for number in np.unique(table["condition"][rows])]
+
+
+def class_numbers(table, flag, names, default):
+    """The numbers of the classes `names`, which a flag gives, or of those in `default`.
+
+    Raises InputError for a name that is none of the dataset's, and where it has none of `default`.
+    """
+    classes = table.reader.CLASSES
+    names = names or [name for name in default if name in classes]
+    unknown = [name for name in names if name not in classes[1:]]
+    if unknown or not names:
+        given = unknown[0] if unknown else "is needed"
+        raise InputError(f"{flag} {given}: {table.name} has {', '.join(classes[1:])}")
+    return [classes.index(name) for name in names]
 
 
 # ---- images -------------------------------------------------------------------------------------
 
-def views(index, size, count=1, **options):
+def views(table, size, count=1, target=None):
     """Items of `Frames`: `count` validation views of each condition that is there.
 
     They are of the first camera, and spread evenly over the condition's frames.
     """
     items = []
-    for condition in np.unique(index.condition[index.select("val")]):
-        rows = index.select("val", [CONDITIONS[condition]], count)
-        frames = Frames(index, rows, index.cameras[0], size, **options)
-        items += [frames[0, number] for number in range(len(frames))]
+    for name in conditions_there(table):
+        chosen = select([table], "val", name and [name], count)
+        frames = Frames(chosen, "all", size, target=target)
+        items += [frames[0, number] for number in range(0, len(frames), frames.views(table))]
     return items
 
 
@@ -52,29 +85,36 @@ def views(index, size, count=1, **options):
 def image_features(encoder, images):
     """A feature per image: images [B, 3, H, W] in [0, 1] -> [B, D].
 
-    It is a ViT's [CLS] token after the final norm, a ResNet's pooled map.
+    It is the [CLS] token after the final norm of a network that has tokens, else the pooled map.
     """
-    if not encoder.row.vit:
+    if not hasattr(encoder.backbone, "tokens"):
         return encoder(images).mean((2, 3))
     normalised = (images - encoder.mean) / encoder.std
     return encoder.backbone.tokens(normalised, "norm")[:, 0]
 
 
-def features_of_random_images(index, size, encoders, count, seed, device):
-    """Features of `count` random images of each condition in MARKERS (C.2), here of any camera.
+def features_of_random_images(table, size, encoders, count, seed, device):
+    """Features of `count` random images of each condition (C.2), here of any camera.
 
+    The conditions are those in MARKERS, or all of a dataset that does not have these.
     Returns: a list per encoder of {condition: [N, D]}.
     """
-    there = [len(index.select("val", [name])) * len(index.cameras) for name in MARKERS]
+    names = MARKERS if MARKERS.keys() <= set(table.conditions) else table.conditions
+    if len(names) < 2:
+        raise InputError(f"--data {table.root}: t-SNE is of several conditions, and {table.name} "
+                         f"has {' and '.join(names) or 'none'}; conditions.json there can name "
+                         "more")
+    chosen = [table.select("val", [name]) for name in names]
+    there = [len(of_condition) * table["image"].shape[1] for of_condition in chosen]
     if sum(min(count, images) for images in there) < 4:
-        raise InputError(f"--data {index.root}: t-SNE needs at least four images of "
-                         f"{' and '.join(MARKERS)}")
+        raise InputError(f"--data {table.root}: t-SNE needs at least four images of "
+                         f"{' and '.join(names)}")
     rng = np.random.default_rng(seed)
     features = [{} for _ in encoders]
-    for name in MARKERS:
-        frames = Frames(index, index.select("val", [name]), "all", size)
-        chosen = rng.choice(len(frames), min(count, len(frames)), replace=False).tolist()
-        images = torch.stack([frames[0, number]["image"] for number in chosen])
+    for name, of_condition in zip(names, chosen):
+        frames = Frames([of_condition], "all", size)
+        numbers = rng.choice(len(frames), min(count, len(frames)), replace=False).tolist()
+        images = torch.stack([frames[0, number]["image"] for number in numbers])
         for encoder, parts in zip(encoders, features):
             found = [image_features(encoder, some.to(device) / 255).cpu()
                      for some in images.split(16)]
@@ -84,66 +124,85 @@ def features_of_random_images(index, size, encoders, count, seed, device):
 
 # ---- point clouds -------------------------------------------------------------------------------
 
-def random_scans(index, cloud, wanted, count, radius, rng):
-    """Items of `Frames`: `count` whole validation scans, the conditions by turns.
+def whole_scan(frames, number):
+    """An item of a 3D encoder's `Frames` with the places `xyz` [N, 3] of its points."""
+    key = 0, number
+    which, row, camera, rng = frames.locate(key)
+    table = frames.tables[which]
+    points = frames.points_of(table, row, camera)
+    points, inputs = frames.encoder_inputs(table, points, rng, key)
+    item = {name: as_tensor(values) for name, values in points.items()}
+    inputs = {name: as_tensor(values) for name, values in inputs.items()}
+    return item | {"condition": frames.condition_of(table, row), "inputs": inputs}
+
+
+def random_scans(table, encoder, wanted, count, radius, rng):
+    """Items of `whole_scan`: `count` validation scans, the conditions by turns.
 
     Each holds enough points of every class number in `wanted` nearby. An item's mask `part` [N]
     says what is nearby, and drawn: the points in the square of half side `radius` [m].
     """
-    # A frame's turn is how many of its condition are before it.
-    rows = rng.permutation(index.select("val"))
-    conditions = index.condition[rows]
+    # A frame's turn is how many of its condition are before it
+    rows = rng.permutation(table.select("val").rows)
+    conditions = table["condition"][rows] if table.conditions else np.zeros(len(rows))
     turn = [(conditions[:n] == condition).sum() for n, condition in enumerate(conditions)]
     rows = rows[np.argsort(turn, kind="stable")[:60]]
 
-    frames = Frames(index, rows, "scan", cloud=cloud, labels=bool(wanted))
+    frames = scans_of(table.only(rows), encoder, bool(wanted))
     items = []
     for number in range(len(frames)):
-        item = frames[0, number]
-        item["part"] = (item["feats"][:, 1:3].abs() < radius).all(1)
+        item = whole_scan(frames, number)
+        item["part"] = (item["xyz"][:, :2].abs() < radius).all(1)
         if all((item["labels"][item["part"]] == c).sum() >= ENOUGH for c in wanted):
             items.append(item)
         if len(items) == count:
             break
     if not items:
-        names = " and ".join(CLASSES[c] for c in wanted)
+        names = " and ".join(table.reader.CLASSES[c] for c in wanted)
         raise InputError(f"--radius {radius:g}: no scan of {len(frames)} has {names} within it")
     return sorted(items, key=lambda item: item["condition"])
 
 
+def scans_of(table, encoder, labelled):
+    """`Frames` of the whole scans of a table; no limit to their points cuts holes into them."""
+    table = table.only(table.rows)
+    table.sampling = table.sampling | {"max_points": None}
+    target = "labels" if labelled else None
+    return Frames([table], "scan", prepare=encoder.prepare, target=target)
+
+
 @torch.no_grad()
 def point_features(encoder, item, layer, device):
-    """L2-normalised features of a scan, of a WaffleIron's layer.
+    """L2-normalised features of a scan, of a 3D encoder's layer.
 
     "backbone": [N, channels]. "head": what follows it, [N, D of the image encoder].
     """
-    scan = {name: item[name] for name in ("feats", "cells", "neighbors")}
-    batch = training.to_device(collate([scan]), device)
-    inputs = batch["feats"], batch["cells"], batch["neighbors"], batch["batch"]
+    batch = training.to_device(collate([{"inputs": item["inputs"]}]), device)
     network = encoder if layer == "head" else encoder.features
-    return F.normalize(network(*inputs).float(), dim=1).cpu()
+    return F.normalize(network(batch).float(), dim=1).cpu()
 
 
-def class_prototypes(scans):
+def class_prototypes(scans, classes):
     """Classes' mean features, L2-normalised: [classes, D]; 0 for a class without points.
 
-    Args: scans, pairs of an item and its points' features [N, D].
+    Args: scans, pairs of an item and its points' features [N, D]. classes: their number.
     """
     sums = 0
     for item, features in scans:
-        zeros = features.new_zeros(len(CLASSES), features.shape[1])
+        zeros = features.new_zeros(classes, features.shape[1])
         sums = sums + zeros.index_add(0, item["labels"], features)
     return F.normalize(sums, dim=1)
 
 
-def training_prototypes(args, index, cloud, encoder, wanted, device):
+def training_prototypes(args, table, encoder, wanted, device):
     """`class_prototypes` of args.training_scans scans; all classes `wanted` must be in them."""
-    rows = index.select("train", limit=args.training_scans)
-    frames = Frames(index, rows, "scan", cloud=cloud, labels=True)
-    items = (frames[0, number] for number in range(len(frames)))
-    prototypes = class_prototypes((item, point_features(encoder, item, args.layer, device))
-                                  for item in items)
-    lacking = [CLASSES[c] for c in wanted if not prototypes[c].any()]
+    (chosen,) = select([table], "train", limit=args.training_scans)
+    frames = scans_of(chosen, encoder, True)
+    items = (whole_scan(frames, number) for number in range(len(frames)))
+    names = table.reader.CLASSES
+    scans = ((item, point_features(encoder, item, args.layer, device)) for item in items)
+    prototypes = class_prototypes(scans, len(names))
+    lacking = [names[c] for c in wanted if not prototypes[c].any()]
     if lacking:
         raise InputError(f"--classes {' '.join(lacking)}: in none of {len(frames)} training scans; "
                          "raise --training-scans")
@@ -176,10 +235,12 @@ def parse(argv=None):
                  "(default: %(default)s)")
 
     # the data
-    add(images + scans, "--data", required=True, help="nuScenes root")
-    add(images + scans, "--version", default="v1.0-trainval",
-        help="version folder of the root (default: %(default)s)")
-    add(probes, "--data", help="nuScenes root (default: the first probe's)")
+    data = "NAME=PATH; NAME is a file of readers/"
+    add(images + scans, "--data", required=True, help=f"{data} (a bare path: nuscenes)")
+    add(images + scans, "--version",
+        help="version folder of nuScenes or nuImages (default: v1.0-trainval; v1.0-train and "
+             "v1.0-val)")
+    add(probes, "--data", help=f"{data} (default: the first probe's)")
     add(probes, "--version", help="version folder of the root (default: the first probe's)")
 
     # rows and columns
@@ -193,13 +254,11 @@ def parse(argv=None):
         help="random ones (default: %(default)s)")
     add(scans, "--radius", type=real(1), default=40,
         help="half side of the square that is drawn, in metres (default: %(default)s)")
-    add(["correlation"], "--class", dest="classes", nargs=1, choices=CLASSES[1:], default=["car"],
-        help="of the point (car)")
+    add(["correlation"], "--class", dest="classes", nargs=1, help="of the point (default: car)")
     add(["correlation"], "--point", type=real(), nargs=3, metavar=tuple("XYZ"),
         help="take the nearest one [m]; needs no labels")
-    add(["prototypes"], "--classes", nargs="+", action=Distinct, choices=CLASSES[1:],
-        metavar="CLASS", default=("car", "pedestrian", "driveable_surface", "sidewalk"),
-        help="up to 6 (default: %(default)s)")
+    add(["prototypes"], "--classes", nargs="+", action=Distinct, metavar="CLASS",
+        help=f"up to 6 (default: {', '.join(SHOWN)}, where the dataset has them)")
     add(["prototypes"], "--training-scans", type=whole(0), default=20,
         help="averaged (default: %(default)s); 0: the one shown (ScaLR)")
 
@@ -235,17 +294,17 @@ def draw_images(args, device):
     titles = column_titles(args.titles, paths)
     encoders = []
     for path in paths:
-        weights = args.weights if path in ENCODERS else None
-        encoders.append(load_image_encoder(path, weights).to(device))
+        weights = args.weights if path in models.ENCODERS else None
+        encoders.append(models.load_image_encoder(path, weights).to(device))
     trained = {tuple(encoder.spec["image_size"]) for encoder in encoders
                if "image_size" in encoder.spec}
-    size = one_size(trained or {IMAGE_SIZE}, paths)
+    size = one_size(trained or {models.IMAGE_SIZE}, paths)
     for encoder in encoders:
         encoder.check_size(size)
-    index = load_index(args.data, args.version)
+    table = open_one(args.data, args.version)
     if args.figure == "pca":
-        return figure_pca(views(index, size, args.frames), encoders, titles)
-    features = features_of_random_images(index, size, encoders, args.images, args.seed, device)
+        return figure_pca(views(table, size, args.frames), encoders, titles, table)
+    features = features_of_random_images(table, size, encoders, args.images, args.seed, device)
     return figure_tsne(features, titles, args.seed)
 
 
@@ -254,7 +313,7 @@ def draw_probes(args, device):
     task = "depth" if args.figure == "depth" else "seg"
     paths = args.probes
     titles = column_titles(args.titles, paths)
-    loaded = [load_probe(path, device)[:3] for path in paths]
+    loaded = [load_probe(path, device) for path in paths]
     probes = [probe for probe, _, _ in loaded]
     wrong = [f"{path} of --task {probe['task']}" for path, probe in zip(paths, probes)
              if probe["task"] != task]
@@ -262,50 +321,55 @@ def draw_probes(args, device):
         raise InputError(f"{args.figure} is of probes of --task {task}, not {', '.join(wrong)}")
     size = one_size({tuple(probe["image_size"]) for probe in probes}, paths)
 
-    index = load_index(args.data or data_of(probes[0], paths[0]),
-                       args.version or probes[0]["args"]["version"])
-    frames = with_files(index, index.select("val"), task == "seg")
+    # The frames: are they what the probes were to be judged on?
+    data = data_given(args.data, data_of(probes[0], paths[0]))
+    table = open_one(data, args.version or probes[0]["args"]["version"])
+    for probe in probes:
+        check_classes([table], probe)
+    target = TASKS[task].target
+    frames = of_frames([table.select("val")], target == "labels", files=True)
     for path, probe in zip(paths, probes):
         are_own_frames(probe, path, frames)
-    if task == "depth":
-        items = views(index, size, args.frames, max_depth=DEPTHS[1])
-    else:
-        items = views(index, size, args.frames, labels=True)
-    return figure_probes(task, items, [(encoder, head) for _, encoder, head in loaded], titles)
+    items = views(table, size, args.frames, target)
+    networks = [(encoder, head) for _, encoder, head in loaded]
+    return figure_probes(task, items, networks, titles, table)
 
 
 def draw_scans(args, device):
     """The figure of point clouds that the arguments ask for: correlation or prototypes."""
-    encoder, stage1 = load_waffleiron(args.encoder)
+    encoder, stage1 = models.load_point_encoder(args.encoder)
     encoder = encoder.to(device).eval()
-    cloud = stage1.get("cloud", CLOUD) | {"max_points": 10**9}  # a limit would cut holes
-    index = load_index(args.data, args.version)
+    table = open_one(args.data, args.version)
+    encoder.use(set_sampling([table], stage1.get("samplings")))
     rng = np.random.default_rng(args.seed)
     by_place = getattr(args, "point", None)
-    wanted = [] if by_place else [CLASSES.index(name) for name in args.classes]
-    items = random_scans(index, cloud, wanted, getattr(args, "scans", 1), args.radius, rng)
+    asked = {"prototypes": ("--classes", args.classes, SHOWN),
+             "correlation": ("--class", args.classes, SHOWN[:1])}[args.figure]
+    wanted = [] if by_place else class_numbers(table, *asked)
+    items = random_scans(table, encoder, wanted, getattr(args, "scans", 1), args.radius, rng)
 
     if args.figure == "prototypes":
         item, = items
         features = point_features(encoder, item, args.layer, device)
         if args.training_scans:
-            prototypes = training_prototypes(args, index, cloud, encoder, wanted, device)
+            prototypes = training_prototypes(args, table, encoder, wanted, device)
         else:
-            prototypes = class_prototypes([(item, features)])
-        return figure_similarity([(item, features, prototypes[c], c, None) for c in wanted])
+            prototypes = class_prototypes([(item, features)], len(table.reader.CLASSES))
+        columns = [(item, features, prototypes[c], c, None) for c in wanted]
+        return figure_similarity(columns, table)
 
     columns = []
     for item in items:
         features = point_features(encoder, item, args.layer, device)
         if by_place:
-            distances = (item["feats"][:, 1:4] - torch.tensor(by_place)).norm(dim=1)
+            distances = (item["xyz"] - torch.tensor(by_place)).norm(dim=1)
             point, number = int(distances.argmin()), 0
         else:
             number, = wanted
             own = torch.nonzero(item["part"] & (item["labels"] == number))[:, 0]
             point = int(rng.choice(own))
         columns.append((item, features, features[point], number, point))
-    return figure_similarity(columns)
+    return figure_similarity(columns, table)
 
 
 @one_line_errors
@@ -315,6 +379,7 @@ def main(argv=None):
     out = Path(args.out or f"{args.figure}.png")
     draw = {"pca": draw_images, "tsne": draw_images, "segmentation": draw_probes,
             "depth": draw_probes, "correlation": draw_scans, "prototypes": draw_scans}
+    from matplotlib import rc_context  # here: it takes long to import
     with rc_context(STYLE):
         figure = draw[args.figure](args, device)
         out.parent.mkdir(parents=True, exist_ok=True)

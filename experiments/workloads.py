@@ -8,8 +8,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
+from data import Frames
 from distill import DIRECTIONS, distillation_loss, sample_features
-from experiments.plain import pad, plain_item, plain_pixel_features, plain_waffleiron
+from experiments.plain import (pad, plain_image_item, plain_item, plain_pixel_features,
+                               plain_waffleiron)
 from plumbing import training
 from waffleiron import WaffleIron
 
@@ -29,20 +31,24 @@ class Case(NamedTuple):
 # ---- data items ---------------------------------------------------------------------------------
 
 def item_cases(frames):
-    """The data items of all views of the first frame, with plain voxels in two ways.
+    """The data items of all views of the first frame, with plain voxels in two ways; images alone.
 
     Returns: the cases; in words, what the two formulations' items do not have in common.
     """
-    keys = [(0, number) for number in range(len(frames.index.cameras))]
-    names = ("pixels", "depths", "feats", "cells", "neighbors")
+    keys = [(0, number) for number in range(len(frames.tables[0].cameras))]
+    images = Frames(frames.tables, frames.cameras, frames.image_size)
 
     def run(plain, precision, whole):
         items = [plain_item(frames, key, whole) if plain else frames[key] for key in keys]
         outputs = []
         if not whole:   # else the points are others: nothing to compare
             for item in items:
-                outputs += [item[name] for name in names]
+                outputs += [item["pixels"], item["depths"], *item["inputs"].values()]
         return outputs
+
+    def run_images(plain, precision):
+        items = [plain_image_item(images, key) if plain else images[key] for key in keys]
+        return [item["image"] for item in items]
 
     # What differs: images, by how they are decoded; points, by which of a voxel's is kept.
     levels = []
@@ -51,8 +57,9 @@ def item_cases(frames):
         ours = frames[key]
         plain = plain_item(frames, key)
         levels.append((ours["image"].float() - plain["image"].float()).abs())
-        points.update(map(tuple, ours["feats"].tolist()))
-        others.update(map(tuple, plain_item(frames, key, whole=True)["feats"].tolist()))
+        points.update(map(tuple, ours["inputs"]["points"].tolist()))
+        of_scan = plain_item(frames, key, whole=True)
+        others.update(map(tuple, of_scan["inputs"]["points"].tolist()))
     levels = torch.cat(levels)
     note = ("Images, decoded here at a part of their resolution, differ by "
             f"{levels.max():.0f} of 255 levels at most, {levels.mean():.2f} in the mean. "
@@ -62,6 +69,7 @@ def item_cases(frames):
     ways = ((", voxels of the whole scan", True), (", voxels of a camera's points", False))
     cases = [Case(f"{len(keys)} data items{way}", functools.partial(run, whole=whole))
              for way, whole in ways]
+    cases.append(Case(f"{len(keys)} images alone, scans read all the same", run_images))
     return cases, note
 
 
@@ -90,24 +98,24 @@ def distill_case(name, stage, device, learner, pixel_features, point_features, o
 
 def both_forms(batch):
     """A function (model, plain) -> [M, Cout]: a WaffleIron's output on a batch, in either form."""
-    ours = [batch[name] for name in ("feats", "cells", "neighbors", "batch")]
-    padded = pad(*ours)
+    padded = pad(batch)
 
     def forward(model, plain):
-        return plain_waffleiron(model, *padded) if plain else model(*ours)
+        return plain_waffleiron(model, *padded) if plain else model(batch)
 
     return forward
 
 
-def waffleiron_cases(channels, depth, out_channels, batch, device):
-    """A WaffleIron's forward, and its forward and backward.
+def waffleiron_cases(channels, depth, out_channels, batch, samplings, device):
+    """A WaffleIron's forward, and its forward and backward; planes as of {dataset: sampling}.
 
     Returns: the two cases; the model.
     """
     norm = "layernorm" if channels == 768 else "batchnorm"   # ScaLR, Sec. 4.1
     model = WaffleIron(channels=channels, depth=depth, out_channels=out_channels, norm=norm)
+    model.use(samplings)
     model = model.to(device)
-    target = torch.randn(len(batch["feats"]), out_channels, device=device)
+    target = torch.randn(len(batch["view"]), out_channels, device=device)
     points = functools.partial(both_forms(batch), model)
 
     cases = []
@@ -124,7 +132,7 @@ def step_cases(encoder, model, batch, image_size, device, wide=1024):
     """
     def read(maps, plain):
         sample = plain_pixel_features if plain else sample_features
-        return sample(maps, batch["pixels"], batch["batch"], image_size)
+        return sample(maps, batch["pixels"], batch["view"], image_size)
 
     def pixels(plain):
         return read(encoder(batch["image"]), plain)

@@ -2,12 +2,28 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import ListedColormap
 
-# Colours of readers.nuscenes.CLASSES that can be told apart: nuScenes' own has five oranges
-COLORS = ListedColormap([f"#{rgb}" for rgb in (
-    "000000 42d4f4 b39ddb ffe119 f58231 9a6324 f032e6 e6194b 000075 "
-    "fabed4 800000 808080 bfef45 911eb4 aaffc3 c4ac78 2e9e44").split()])
+# Colours of nuScenes' classes that can be told apart: its own have five oranges
+COLOURS = {
+    "ignore": "#000000", "barrier": "#42d4f4", "bicycle": "#b39ddb", "bus": "#ffe119",
+    "car": "#f58231", "construction_vehicle": "#9a6324", "motorcycle": "#f032e6",
+    "pedestrian": "#e6194b", "traffic_cone": "#000075", "trailer": "#fabed4", "truck": "#800000",
+    "driveable_surface": "#808080", "other_flat": "#bfef45", "sidewalk": "#911eb4",
+    "terrain": "#aaffc3", "manmade": "#c4ac78", "vegetation": "#2e9e44"}
+
+
+def palette(classes):
+    """A colour map whose entry n is the colour of class n of a dataset.
+
+    The colours are COLOURS where all classes are in it, else black and the 20 of "tab20" in turn.
+    """
+    from matplotlib import colormaps  # here: it takes long to import
+    from matplotlib.colors import ListedColormap
+    if all(name in COLOURS for name in classes):
+        return ListedColormap([COLOURS[name] for name in classes])
+    tab20 = colormaps["tab20"].colors
+    others = [tab20[number % len(tab20)] for number in range(len(classes) - 1)]
+    return ListedColormap(["#000000", *others])
 
 
 def unit_features(feature_map):

@@ -18,13 +18,15 @@ from torch import nn
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import read_image
+from data import select
 from models import ENCODERS, ImageEncoder
 from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, SEED, Parser, real
 from plumbing.atomic import save
 from plumbing.errors import InputError, one_line_errors
-from readers.nuscenes import load_index
+from plumbing.fingerprint import of_frames
+from readers.files import read_image
+from readers.table import open_tables
 from vit import Block, ViT
 
 
@@ -158,12 +160,13 @@ def main(argv=None):
     begin = time.time()
 
     # ---- data: all images in memory ----
-    index = load_index(args.data, look=False)
-    rows = index.select("train", ["day-clear"])
-    paths = [Path(index.root, name.decode()) for name in index.image[rows].flatten()]
+    tables = select(open_tables(args.data, look=False), "train", ["day-clear"])
+    paths = []
+    for table in tables:
+        paths += [Path(table.root, name.decode()) for name in table["image"][table.rows].flatten()]
 
     def read(path):
-        return torch.from_numpy(read_image(path, args.image_size))
+        return read_image(path, args.image_size)
     with ThreadPoolExecutor(2) as pool:
         images = torch.stack(list(pool.map(read, paths)))
     count = len(images)
@@ -173,7 +176,7 @@ def main(argv=None):
 
     # ---- model ----
     row = ENCODERS[args.name]
-    vit = ViT(row.patch_size, **row.vit)
+    vit = ViT(row.patch_size, **row.arguments)
     spec = {"name": args.name, "feature": "norm", "image_size": tuple(args.image_size)}
     encoder = ImageEncoder(vit, spec)
     encoder.check_size(args.image_size)
@@ -212,7 +215,7 @@ def main(argv=None):
     standardise(vit, (images[:1000].float() / 255 - encoder.mean) / encoder.std)
     save(args.out, {
         "kind": "image_encoder", "encoder": encoder.spec, "model": vit.state_dict(),
-        "step": total, "total": total, "made_from": {"frames": index.fingerprint(rows)},
+        "step": total, "total": total, "made_from": {"frames": of_frames(tables)},
         "args": vars(args)})
     seconds = time.time() - begin
     print(f"{args.out}: {count} images, {total} steps, last loss {loss.item():.3f}, "

@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a script
@@ -164,8 +165,10 @@ def each_written(write, jobs, workers):
     if workers <= 1:
         yield from map(write, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(write, jobs, chunksize=4)
+    # An executor tells of a process that dies, where a Pool would wait for ever
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as executor:
+        yield from executor.map(write, jobs, chunksize=4)
 
 
 @one_line_errors

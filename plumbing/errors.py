@@ -43,6 +43,7 @@ FAULTS = (
     (r"received 0 items of ancdata|Too many open files|Pin memory thread exited", FILES),
     (r"DataLoader worker .* exit code 24\b", FILES),  # EMFILE, see plumbing/endings.py
     (r"DataLoader worker .* (signal: [\w ]+|exit code \d+|exited unexpectedly)", CRASH),
+    (r"BrokenProcessPool", CRASH),
     (r"can't start new thread|Resource temporarily unavailable", PROCESSES),
     (r"CUDA out of memory|CUDA error: out of memory", GPU_MEMORY),
     (r"pair\.cc:\d+\].*Connection (closed|reset) by peer|remote process exited", OTHER),

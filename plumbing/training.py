@@ -1,8 +1,9 @@
 """What every script needs and no paper mentions: processes, schedules, batches in order.
 
-Checkpoints and logs are in plumbing/run_folder.py. There is no hidden state: learning rates, the order of
-the data and every random draw are functions of (seed, step). So a checkpoint needs no random state,
-and a resumed run is the run that never stopped (on a GPU up to its order of summation).
+Checkpoints and logs are in plumbing/run_folder.py. There is no hidden state: learning rates, the
+order of the data and every random draw are functions of (seed, step). So a checkpoint needs no
+random state, and a resumed run is the run that never stopped (on a GPU up to its order of
+summation).
 """
 import atexit
 import contextlib

@@ -24,7 +24,8 @@ ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
            (NUMPY_NUMBER, "numpy._core.multiarray.scalar")]  # and in numpy 2
 LAYOUT = 2  # of the checkpoints that plumbing/atomic.py writes: count up when keys change
 WHO_WRITES = {  # kind of checkpoint: script
-    "point_encoder": "stage1.py", "image_encoder": "stage2.py", "probe": "probe.py",
+    "point_encoder": "stage1.py", "image_encoder": "stage2.py",
+    "probe": "probe.py or finetune.py",
     "2d_head": "experiments.ablations 2d-head"}
 
 
@@ -113,8 +114,8 @@ def check_kind(content, path, kind):
     """Raise InputError unless the content of a file is a checkpoint of this kind."""
     found = content.get("kind") if isinstance(content, dict) else None
     if found in WHO_WRITES and is_outdated(content):
-        raise InputError(f"{path}: written by an earlier version of this project, whose checkpoints "
-                         f"have other keys; write it anew with {WHO_WRITES[found]}")
+        raise InputError(f"{path}: written by an earlier version of this project, whose "
+                         f"checkpoints have other keys; write it anew with {WHO_WRITES[found]}")
     if found == kind:
         return
     is_kind = "not a checkpoint of this project"

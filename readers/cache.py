@@ -17,20 +17,22 @@ import numpy as np
 from plumbing.errors import InputError
 from plumbing.fingerprint import digest
 
-FORMAT = 6  # of the cache: count up when what is stored changes
+OF_ALL = ("cameras", "label_map", "notes")  # columns that have no row a frame
+FORMAT = 6  # of the cache: count up when what is stored of the same readers changes
 PROJECT = Path(__file__).resolve().parent.parent
 
 
 def cached(reader, root, options, here, look):
     """The columns of a reader's table, from the cache or made anew.
 
-    They are in the cache while no source has another size or date or, with `look`, another
-    content. Else the reader makes them: in this process if `here`, else in one of its own.
+    They are in the cache while the reader is the same, and no source has another size or date or,
+    with `look`, another content. Else the reader makes them: in this process if `here`, else in
+    one of its own.
     Raises InputError as these do, and where the cache cannot be written.
     """
     sources = tuple(reader.sources(root, **options))
     state = state_of(sources)
-    folder = cache_folder(cache_key(reader.__name__, options, state))
+    folder = cache_folder(cache_key(reader, options, state))
     for _ in range(2):
         # What the cache holds
         try:
@@ -44,13 +46,34 @@ def cached(reader, root, options, here, look):
         # Make it anew, and read that
         shutil.rmtree(folder, ignore_errors=True)
         if here:
-            columns = reader.table(root, **options)
+            columns = with_record(reader.table(root, **options))
+            columns = with_damage(reader, root, columns)
             columns["content"] = np.bytes_(content_of(sources, state))
             store_arrays(folder, columns)
         else:
             build_elsewhere(reader.__name__, root, options)
     raise InputError(f"{folder}: the index cannot be kept there; mend that folder, or set "
                      "XDG_CACHE_HOME to another")
+
+
+def with_record(columns):
+    """The columns and, where the reader gives none, a hash of all that they say of each frame."""
+    if "record" in columns:
+        return columns
+    rows = len(columns["split"])
+    of_frames = [values for name, values in columns.items() if name not in OF_ALL]
+    said = [[values[row].tolist() for values in of_frames] for row in range(rows)]
+    return columns | {"record": np.array([digest([repr(frame).encode()]) for frame in said],
+                                         np.bytes_)}
+
+
+def with_damage(reader, root, columns):
+    """The columns and, where the reader looks for that, what is wrong with each frame's files."""
+    if not hasattr(reader, "damage"):
+        return columns
+    rows = range(len(columns["split"]))
+    reasons = [reader.damage(root, columns, row).encode() for row in rows]
+    return columns | {"bad": np.array(reasons, np.bytes_)}
 
 
 def state_of(sources):
@@ -68,9 +91,10 @@ def content_of(sources, state):
     return digest(path.read_bytes() for path in sources)
 
 
-def cache_key(module, options, state):
-    """16 hexadecimal digits: another reader, other options or another state have another key."""
-    parts = FORMAT, module.rpartition(".")[2], sorted(options.items()), state
+def cache_key(reader, options, state):
+    """16 hexadecimal digits: another reader or text of it, other options or state have others."""
+    text = Path(reader.__file__).read_bytes()
+    parts = FORMAT, reader.__name__, digest([text]), sorted(options.items()), state
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

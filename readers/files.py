@@ -194,8 +194,7 @@ def read_labels(path, coarse, count=None):
 # ---- images ------------------------------------------------------------------------------------
 
 def read_image(path, size, raw_size=None):
-    """The image resized to `size` = (H, W), bilinear with antialiasing: a
-    uint8 tensor `[3, H, W]`.
+    """The image, bilinearly resized with antialiasing to `size` = (H, W): uint8 [3, H, W].
 
     raw_size: (H, W) that it must have, or None. Raises InputError for another size, for anything
     but 8-bit RGB or grey, and for damage. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its

@@ -122,13 +122,11 @@ def table(root, version=None):
         raise InputError(f"--data {root}: its tables have no sample; extract them again")
     split, image, size, count, record = zip(*images)
     check_files(root, image)
-    columns = {"split": as_bytes(split), "image": as_bytes(image)[:, None],
-               "image_size": np.array(size)[:, None], "record": as_bytes(record),
-               "first": np.cumsum([0, *count]), "kind": np.array(kinds, np.uint8),
-               "start": np.cumsum([0, *map(len, runs)]),
-               "runs": np.frombuffer(b"".join(runs), np.uint8)}
-    reasons = [damage(root, columns, row) for row in range(len(images))]
-    return columns | {"bad": as_bytes(reasons)}
+    return {"split": as_bytes(split), "image": as_bytes(image)[:, None],
+            "image_size": np.array(size)[:, None], "record": as_bytes(record),
+            "first": np.cumsum([0, *count]), "kind": np.array(kinds, np.uint8),
+            "start": np.cumsum([0, *map(len, runs)]),
+            "runs": np.frombuffer(b"".join(runs), np.uint8)}
 
 
 def _read_version(root, version):

@@ -187,13 +187,11 @@ def table(root, version=VERSION):
                 raise ValueError(f"{name} of some image is not {numbers} numbers")
         for name in ("scan", "labels", "image"):
             check_files(root, [path.decode() for path in columns[name].flat if path])
-        reasons = [damage(root, columns, row) for row in range(frames)]
-        columns["bad"] = as_bytes(reasons)
     return columns
 
 
 def _read_frames(root, version):
-    """The columns of `table` but for `bad`, through nuscenes-devkit."""
+    """The columns of `table`, through nuscenes-devkit."""
     from nuscenes.nuscenes import NuScenes
     nusc = NuScenes(version, root, verbose=False)
     split_of = _splits(version)
@@ -235,6 +233,7 @@ def _read_frames(root, version):
     for name, values in frames.items():
         columns[name] = as_bytes(values) if name in STRINGS else np.array(values)
     if labels:
+        label_map.cache_clear()  # the table of categories may have changed since
         columns["label_map"] = label_map(Path(root), version)
     return columns | {"cameras": as_bytes(cameras), "notes": as_bytes(notes)}
 

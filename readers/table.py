@@ -13,25 +13,24 @@ those that its data has:
     check(root, **options)          InputError where files beside the frames' own are wrong
     damage(root, columns, row)      what is wrong with a frame's files, in words; "" for nothing
     scan(path)                      [A, 4]: x, y, z [m], intensity
-    labels(path, count=None)        classes [A] of a scan's `count` points, or [H, W] of pixels
+    labels(path, count=None)        classes, uint8: [A] of a scan's `count` points, [H, W] of pixels
     labels_of(root, columns, row)   the same where the labels stand in the table itself
-    depth(path)                     [H, W] metres, 0 where unknown
 
 The columns of a table have a row a frame (F frames of C cameras). Strings are bytes (UTF-8), paths
 are relative to root. The first three are in every table:
 
     split [F] b"train", b"val" or b"test"; image [F, C] paths; image_size [F, C, 2] height, width
-    cameras [C] names; scene [F]; condition [F] index into CONDITIONS; scan [F] path;
-    labels [F] path, b"" where there are none; depth [F, C] path;
-    cam_from_lidar [F, C, 4, 4]; intrinsics [F, C, 3, 3];
-    record [F] hash of all that the dataset's tables say of the frame; bad [F] b"", or why the
-    frame cannot be used; label_map, what else the classes depend on; notes, lines to print
+    scene [F]; condition [F] index into CONDITIONS; scan [F] path; labels [F] path, b"" where there
+    are none; cam_from_lidar [F, C, 4, 4]; intrinsics [F, C, 3, 3]
+    cameras [C] names; label_map, what else the classes depend on; notes, lines to print
+    record [F] hash of all that the dataset's tables say of the frame; the cache makes it of the
+    columns where the reader does not
+    bad [F] b"", or why the frame cannot be used: the cache asks `damage`
 """
 import contextlib
 import functools
 import importlib
 import inspect
-import json
 import os
 import re
 from pathlib import Path
@@ -42,6 +41,7 @@ from plumbing.arguments import Parser
 from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import digest
 from readers.cache import cached
+from readers.conditions import made_by, named_conditions
 
 UNKNOWN = 255  # class of a label that is of no category
 
@@ -76,6 +76,12 @@ class FrameTable:
     def __contains__(self, column):
         return column in self.columns
 
+    def __getstate__(self):  # for loading processes: a module cannot be sent, its name can
+        return self.__dict__ | {"reader": self.reader.__name__}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, reader=importlib.import_module(state["reader"]))
+
     def only(self, rows):
         """The same dataset with other rows."""
         other = FrameTable(self.reader, self.root, self.columns, self.conditions, rows)
@@ -98,29 +104,33 @@ class FrameTable:
         percent: only every (100 / percent)-th scene of the split counts, in the order of the
         dataset's own table. This is what SLidR's public loader does: 1 % are the 100th, 200th, ...
         700th of nuScenes' 700 training scenes. Of a dataset without scenes it is every so many-th
-        frame, from the first on. A dataset that states no conditions is taken whole.
+        frame, from the first on. A dataset that states no conditions is taken whole; conditions
+        that it does not know are another dataset's.
         Raises InputError if there is no such frame and, unless skip_bad, if one of them is bad.
         """
-        chosen = self["split"][self.rows] == split.encode()
-        rows = self._share(self.rows[chosen], split, 100 // percent)
+        of_split = self["split"][self.rows] == split.encode()
+        rows = self._share(self.rows[of_split], split, 100 // percent)
         if conditions is not None and self.conditions:
-            unknown = [name for name in conditions if name not in self.conditions]
-            if unknown:
-                raise InputError(f"--conditions {unknown[0]}: --data {self.root} has "
-                                 f"{', '.join(self.conditions)}")
-            numbers = [self.conditions.index(name) for name in conditions]
+            numbers = [number for number, name in enumerate(self.conditions) if name in conditions]
             rows = rows[np.isin(self["condition"][rows], numbers)]
         if len(rows) == 0:
             under = f" under {', '.join(conditions or self.conditions)}" if self.conditions else ""
             raise InputError(f"--data {self.root}: no frame of split '{split}'{under}; `python -m "
                              f"readers.{self.name} --data {self.root}` prints what is there")
-        if "bad" in self and not skip_bad:
-            bad = self["bad"][rows]
-            bad = bad[bad != b""]
-            if len(bad):
-                raise InputError(f"--data {self.root}: {len(bad)} of {len(rows)} frames are bad, "
-                                 f"the first: {bad[0].decode()}")
-        return self.only(rows)
+        chosen = self.only(rows)
+        if not skip_bad:
+            chosen.refuse_bad()
+        return chosen
+
+    def refuse_bad(self):
+        """Raise InputError if one of the frames is bad."""
+        if "bad" not in self:
+            return
+        bad = self["bad"][self.rows]
+        bad = bad[bad != b""]
+        if len(bad):
+            raise InputError(f"--data {self.root}: {len(bad)} of {len(self)} frames are bad, the "
+                             f"first: {bad[0].decode()}")
 
     def _share(self, rows, split, every):
         """The rows of every so many-th scene, or frame."""
@@ -147,9 +157,10 @@ class FrameTable:
             parts.append(b"\n".join(self["labels"][self.rows]))
         if labels and "label_map" in self:
             parts.append(self["label_map"].tobytes())
-        if self.conditions != tuple(getattr(self.reader, "CONDITIONS", ())):  # conditions.json
-            parts.append(repr(self.conditions).encode())
-            parts.append(self["condition"][self.rows].astype("<i8").tobytes())
+        if "stated" in self and (self["stated"] != self["condition"])[self.rows].any():
+            names = [self.conditions[number] for number in self["condition"][self.rows]]
+            parts.append(repr(names).encode())
+        parts += made_by(self.root)
         counts = {"frames": len(self.rows)}
         if "scene" in self:
             counts["scenes"] = len(self.scenes())
@@ -176,8 +187,9 @@ class FrameTable:
             labelled = self["labels"][self.rows] != b""
             how_many = "yes" if labelled.all() else "in part" if labelled.any() else "no"
             about.append(f"labels: {how_many}")
+        width = max(10, *map(len, self.conditions)) if self.conditions else 10
         lines = [f"{self.root}: {', '.join(about)}",
-                 f"  {'split':6} {'condition':10} scenes  frames  images"]
+                 f"  {'split':6} {'condition':{width}} scenes  frames  images"]
         for split in np.unique(self["split"][self.rows]):
             of_split = self.rows[self["split"][self.rows] == split]
             for number, name in enumerate(self.conditions or ("full",)):
@@ -187,10 +199,19 @@ class FrameTable:
                 if len(rows):
                     scenes = len(self.only(rows).scenes()) or "-"
                     images = self["image"][rows].size
-                    lines.append(f"  {split.decode():6} {name:10} {scenes:>6}  {len(rows):6}  "
+                    lines.append(f"  {split.decode():6} {name:{width}} {scenes:>6}  {len(rows):6}  "
                                  f"{images:6}")
         notes = np.char.decode(self["notes"]).tolist() if "notes" in self else []
         return "\n".join([*lines, *notes])
+
+
+def check_conditions(tables, conditions):
+    """Raise InputError for a condition that none of these tables knows."""
+    known = list(dict.fromkeys(name for table in tables for name in table.conditions))
+    unknown = [name for name in conditions or () if name not in known]
+    if known and unknown:
+        roots = " and ".join(table.root for table in tables)
+        raise InputError(f"--conditions {unknown[0]}: --data {roots} has {', '.join(known)}")
 
 
 # ---- opening -----------------------------------------------------------------------------------
@@ -243,13 +264,14 @@ def _open(reader, root, options, look, here):
     """One `FrameTable`; see `open_tables`."""
     columns = cached(reader, root, options, here, look is not False)
     conditions, of_frame = named_conditions(reader, root, columns)
-    if of_frame is not None:
+    if of_frame is not None:  # and what the dataset states, for the fingerprint
+        columns["stated"] = columns.get("condition", np.full(len(of_frame), -1))
         columns["condition"] = of_frame
     table = FrameTable(reader, root, columns, conditions)
     if look:
         if hasattr(reader, "check"):
             reader.check(root, **options)
-        for column in ("scan", "labels", "depth", "image"):
+        for column in ("scan", "labels", "image"):
             if column in columns:
                 all_there(root, [path for path in columns[column].flat if path])
 
@@ -261,42 +283,6 @@ def _open(reader, root, options, look, here):
             reasons[row] = reader.damage(root, columns, row).encode()
         columns["bad"] = np.array(reasons, np.bytes_)
     return table
-
-
-def named_conditions(reader, root, columns):
-    """(names of the conditions, index of each frame's or None for those of the table).
-
-    ROOT/conditions.json, {scene: condition}, replaces what the dataset says. Where there are no
-    scenes, images' paths stand for them. Frames that it does not name keep their condition; a
-    dataset that states none must name all. Raises InputError for another file, and for a scene that
-    is not there.
-    """
-    names = list(getattr(reader, "CONDITIONS", ()))
-    path = root / "conditions.json"
-    if not path.is_file():
-        return names, None
-    try:
-        named = json.loads(path.read_bytes())
-        given = sorted({name for name in named.values() if not re.search(r"[^\w -]", name)})
-    except (ValueError, AttributeError, TypeError):
-        given = []
-    if not given:
-        raise InputError(f"{path}: not of the form {{scene: condition}}; write it anew, or remove "
-                         "it")
-    scenes = np.char.decode(columns["scene"] if "scene" in columns else columns["image"][:, 0])
-    unknown = named.keys() - set(scenes.tolist())
-    if unknown:
-        raise InputError(f"{path}: {min(unknown)} is no scene of this dataset; it has "
-                         f"{', '.join(np.unique(scenes)[:3])}, ...")
-    names += [name for name in given if name not in names]
-    of_frame = columns["condition"].tolist() if "condition" in columns else [None] * len(scenes)
-    for row, scene in enumerate(scenes.tolist()):
-        if scene in named:
-            of_frame[row] = names.index(named[scene])
-        elif of_frame[row] is None:
-            raise InputError(f"{path}: says nothing of {scene}; the dataset states no conditions, "
-                             "so name all of its scenes")
-    return names, np.array(of_frame)
 
 
 # ---- reading tables ----------------------------------------------------------------------------
@@ -375,9 +361,10 @@ def main(name, argv=None):
     parser.add_argument("--data", required=True, help="root of the dataset")
     version = inspect.signature(reader.table).parameters.get("version")
     if version:
-        parser.add_argument("--version", help=f"version folder (default: {version.default})")
+        default = version.default or "all that are there"
+        parser.add_argument("--version", help=f"version folder (default: {default})")
     args = parser.parse_args(argv)
-    (table,) = open_tables(f"{name}={args.data}", getattr(args, "version", None), here=True)
+    (table,) = open_tables([(name, args.data)], getattr(args, "version", None), here=True)
     print(table.summary())
     if "bad" in table:
         for reason in table["bad"][table["bad"] != b""]:

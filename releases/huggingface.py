@@ -42,6 +42,7 @@ CLIP = (
     (r"blocks", "encoder.layers"), (r"norm([12])", r"layer_norm\1"),
     (r"attn\.(q|k|v)(uery|ey|alue)", r"self_attn.\1_proj"), (r"attn\.proj", "self_attn.out_proj"))
 
+FAMILIES = ("ViT",)  # of the networks that `config` and `weights` know
 MODELS = {  # model_type: class and names
     "vit": ("ViTModel", VIT),
     "dinov2": ("Dinov2Model", DINOV2),
@@ -53,7 +54,7 @@ MODELS = {  # model_type: class and names
 
 def model_type(encoder):
     """The type of the transformers model that computes what a ViT encoder does."""
-    vit = encoder.row.vit
+    vit = encoder.row.arguments
     if vit.get("clip"):
         return "clip_vision_model"
     if encoder.backbone.grid is None:  # positions are rotated in, not added
@@ -66,7 +67,7 @@ def model_type(encoder):
 def config(encoder):
     """The content of config.json for a ViT encoder."""
     row = encoder.row
-    vit = row.vit
+    vit = row.arguments
     kind = model_type(encoder)
     content = {
         "model_type": kind, "architectures": [MODELS[kind][0]], "patch_size": row.patch_size,

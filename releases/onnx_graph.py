@@ -15,7 +15,7 @@ def write(encoder, path, size, batch=None):
     with the positions of that size.
     """
     encoder.eval().requires_grad_(False)
-    if encoder.row.vit and encoder.backbone.grid:
+    if hasattr(encoder.backbone, "pos_embed"):
         fix_positions(encoder, size)
     images = torch.rand(batch or 2, 3, *size)
     shapes = None

@@ -4,6 +4,7 @@ import torch
 
 import export
 from models import ENCODERS, load_image_encoder
+from vit import ViT
 
 NARROW = {"dim": 384, "heads": 6, "hidden": 1024}  # SwiGLU's width as the giants derive it
 
@@ -15,9 +16,9 @@ def write_stage2(monkeypatch, folder, name, size, feature="norm"):
     weights are noise, so that nothing is tested at 0 or 1.
     """
     row = ENCODERS[name]
-    if row.vit:
-        narrow = NARROW if "swiglu" in row.vit.get("mlp", "") else {}
-        small = row._replace(vit=row.vit | narrow | {"depth": 2})
+    if row.network is ViT:
+        narrow = NARROW if "swiglu" in row.arguments.get("mlp", "") else {}
+        small = row._replace(arguments=row.arguments | narrow | {"depth": 2})
         monkeypatch.setitem(ENCODERS, name, small)
     else:
         resnet = pytest.importorskip("torchvision.models.resnet")
@@ -44,9 +45,9 @@ def add_noise(encoder):
     for key, value in encoder.backbone.state_dict().items():
         if "running_var" in key:
             value.copy_(0.5 + torch.rand(value.shape, generator=noise))
-        elif encoder.row.vit is None and value.ndim == 1:
+        elif encoder.row.network is not ViT and value.ndim == 1:
             value.copy_(0.3 + 0.2 * normal(value))
-        elif encoder.row.vit and not key.endswith(("bias_mask", "periods")):
+        elif encoder.row.network is ViT and not key.endswith(("bias_mask", "periods")):
             is_large = value.ndim == 1 or "token" in key or key in ("pos_embed", "proj")
             value.add_((0.3 if is_large else 0.06) * normal(value))
 

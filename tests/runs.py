@@ -1,13 +1,24 @@
-"""What the scripts' tests share: short runs of each script, and readers of what a run leaves."""
+"""What the tests share: short runs of each script, what a run leaves, and a dataset's table."""
 import json
 
 import pytest
 import torch
 
+from readers.table import open_tables
+
 SMALL = ["--channels", "16", "--depth", "2", "--fov", "48", "48", "8", "--cell", "1",
          "--neighbors", "4"]
 RUN = ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--seed", "3"]
 SPAWN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def open_one(root, version=None, look=True, here=True, name="nuscenes"):
+    """The `FrameTable` of one dataset.
+
+    It is read in this process, which is sooner than in one of its own: see `open_tables`.
+    """
+    (table,) = open_tables([(name, root)], version, look, here)
+    return table
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from runs import checkpoint_of, lines, stage1_args
 from torch import nn
 
 import stage1
-from data import Frames, collate
+import waffleiron
+from data import Frames, collate, select, set_sampling
 from experiments import ablations
+from models import load_point_encoder
 from plumbing import training
-from readers.nuscenes import CONDITIONS, load_index
-from waffleiron import load_waffleiron
+from readers.nuscenes import CONDITIONS
+from readers.table import open_tables
 
 
 def pairs(count):
@@ -79,17 +81,17 @@ def test_contrastive_loss_has_a_gradient_from_two_pairs_on(count):
 # ---- which pairs ---------------------------------------------------------------------------------
 
 def test_some_of_each_image():
-    batch = torch.tensor([0] * 5 + [1] * 2 + [3] * 9)  # image 2 has no point
+    view = torch.tensor([0] * 5 + [1] * 2 + [3] * 9)  # image 2 has no point
 
     def draw(seed):
-        return ablations.some_of_each(batch, 3, torch.Generator().manual_seed(seed))
+        return ablations.some_of_each(view, 3, torch.Generator().manual_seed(seed))
 
     rows = draw(1)
-    assert torch.bincount(batch[rows]).tolist() == [3, 2, 0, 3] and len(rows.unique()) == 8
+    assert torch.bincount(view[rows]).tolist() == [3, 2, 0, 3] and len(rows.unique()) == 8
     assert torch.equal(rows, draw(1))
     drawn = torch.cat([draw(seed) for seed in range(40)])
-    assert len(drawn.unique()) == len(batch)  # each point has its turn
-    assert len(ablations.some_of_each(batch[:0], 3, torch.Generator())) == 0
+    assert len(drawn.unique()) == len(view)  # each point has its turn
+    assert len(ablations.some_of_each(view[:0], 3, torch.Generator())) == 0
 
 
 # ---- collapse ------------------------------------------------------------------------------------
@@ -108,17 +110,16 @@ def test_joint_l2_collapses_and_stage1_does_not(world, tmp_path):
     ablations.main(["joint", *stage1_args(world, tmp_path / "joint", *more, "--lr-2d", "2e-3")])
 
     # two validation frames, by both 3D encoders
-    index = load_index(world)
-    cloud = checkpoint_of(tmp_path / "s1")["cloud"]
-    frames = Frames(index, index.select("val")[:2], "all", (80, 160), cloud)
+    tables = select(open_tables(str(world)), "val")
+    set_sampling(tables, checkpoint_of(tmp_path / "s1")["samplings"])
+    frames = Frames(tables, "all", (80, 160), waffleiron.prepare)
     batch = collate([frames[0, 0], frames[0, 1]])
     batch = training.to_device(batch, torch.device("cpu"))
     spreads, losses = {}, {}
-    for name, file in (("s1", "last.pth"), ("joint", "waffleiron.pth")):
-        waffleiron, _ = load_waffleiron(tmp_path / name / file)
+    for name, file in (("s1", "last.pth"), ("joint", "point_encoder.pth")):
+        point_encoder, _ = load_point_encoder(tmp_path / name / file)
         with torch.no_grad():
-            features = waffleiron.eval()(batch["feats"], batch["cells"], batch["neighbors"],
-                                         batch["batch"])
+            features = point_encoder.eval()(batch)
         spreads[name] = spread(features)
         losses[name] = lines(tmp_path / name)[-1]["loss"]
     assert losses["joint"] < losses["s1"] / 2

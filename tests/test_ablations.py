@@ -11,9 +11,9 @@ import probe
 import stage1
 import stage2
 from experiments import ablations
-from models import load_image_encoder
+from models import load_image_encoder, load_point_encoder
 from readers.nuscenes import CONDITIONS
-from waffleiron import WaffleIron, load_waffleiron
+from waffleiron import WaffleIron
 
 
 def command(name, world, out, *more, first=None):
@@ -97,14 +97,14 @@ def test_no_stage1_learns_from_labels_all_but_the_head_that_stage2_finds(labels)
     names = seen["parameters"]
     assert not under(names, "encoder")  # there is no image side
     assert seen["after"]["classifier.weight"].shape == (16, 16)
-    assert seen["after"]["waffleiron.head.weight"].shape == (96, 16)
-    assert seen["trained"] == names - under(names, "waffleiron.head.")
+    assert seen["after"]["point_encoder.head.weight"].shape == (96, 16)
+    assert seen["trained"] == names - under(names, "point_encoder.head.")
     assert moved(seen) & names == seen["trained"]
 
     # what was not trained is what stage 1 begins with
     checkpoint = checkpoint_of(out)
     torch.manual_seed(3)
-    fresh = WaffleIron(**checkpoint["waffleiron"])
+    fresh = WaffleIron(**checkpoint["spec"])
     assert torch.equal(checkpoint["model"]["head.weight"], fresh.head.weight)
     assert lines(out)[-1]["loss"] > 2  # log(16) + 1 or so, not a distance of unit vectors
 
@@ -112,10 +112,10 @@ def test_no_stage1_learns_from_labels_all_but_the_head_that_stage2_finds(labels)
 def test_2d_head_in_stage1_teaches_with_a_random_head_and_a_frozen_encoder(head1):
     out, seen = head1
     names = seen["parameters"]
-    assert not under(names, "waffleiron.head")  # no 3D head
+    assert not under(names, "point_encoder.head")  # no 3D head
     # from the image encoder's width to WaffleIron's
     assert seen["after"]["head.weight"].shape == (16, 96)
-    assert seen["trained"] == moved(seen) & names == under(names, "waffleiron.")
+    assert seen["trained"] == moved(seen) & names == under(names, "point_encoder.")
     assert not under(moved(seen), "encoder", "head")
     assert 1 < lines(out)[-1]["loss"] < 1.6
 
@@ -123,29 +123,29 @@ def test_2d_head_in_stage1_teaches_with_a_random_head_and_a_frozen_encoder(head1
 def test_2d_head_in_stage2_learns_with_the_image_encoder_from_a_frozen_waffleiron(head1, head2):
     _, seen = head2
     names = seen["parameters"]
-    assert not under(names, "waffleiron.head")
+    assert not under(names, "point_encoder.head")
     assert seen["trained"] == moved(seen) & names == under(names, "encoder.", "head.")
-    assert not under(moved(seen), "waffleiron")  # its BatchNorm's statistics included
+    assert not under(moved(seen), "point_encoder")  # its BatchNorm's statistics included
 
     # the same head and the same WaffleIron as stage 1 left them
     first = checkpoint_of(head1[0])
     assert equal_under("head", seen["before"], first["head"])
-    assert equal_under("waffleiron", seen["before"], first["model"])
+    assert equal_under("point_encoder", seen["before"], first["model"])
 
 
 def test_2d_head_may_learn_in_stage1_too(world, tmp_path):
     seen = run(command("2d-head", world, tmp_path / "out", "--steps", "2", "--train-head"))
     names = seen["parameters"]
-    assert seen["trained"] == moved(seen) & names == under(names, "waffleiron.", "head.")
+    assert seen["trained"] == moved(seen) & names == under(names, "point_encoder.", "head.")
 
 
 def test_joint_training_moves_both_encoders_and_the_3d_head_and_there_is_no_other(joint):
     _, seen = joint
     names = seen["parameters"]
     assert not under(names, "head")
-    assert seen["after"]["waffleiron.head.weight"].shape == (96, 16)
+    assert seen["after"]["point_encoder.head.weight"].shape == (96, 16)
     assert seen["trained"] == moved(seen) & names == names
-    assert under(moved(seen), "waffleiron.embed.norm.running_mean")
+    assert under(moved(seen), "point_encoder.embed.norm.running_mean")
 
 
 def test_joint_training_has_stage2_s_data_and_each_side_s_own_rate(world, tmp_path):
@@ -156,11 +156,17 @@ def test_joint_training_has_stage2_s_data_and_each_side_s_own_rate(world, tmp_pa
     ablations.main([*argv, "--batch", "4"])  # 8 frames of one camera: an epoch of two steps
     checkpoint = checkpoint_of(out)
     args = checkpoint["args"]
-    assert checkpoint["step"] == 2 and args["conditions"] == list(CONDITIONS)
+    assert checkpoint["step"] == 2 and args["conditions"] is None  # all of them
     peaks = [group["peak"] for group in checkpoint["optimizer"]["param_groups"]]
     assert peaks == [2e-5, 2e-3] == [stage2.LR["ViT"], args["lr"]]
     theirs = stage2.parse(["--data", "x", "--stage1", "y", "--out", "z"])
-    assert (args["epochs"], args["cameras"]) == (theirs.epochs, theirs.cameras)
+    for name in ("epochs", "cameras", "conditions"):
+        assert args[name] == getattr(theirs, name)
+
+    # but for the conditions that were given
+    ablations.main(command("joint", world, tmp_path / "night", "--conditions", "night",
+                           "--steps", "1"))
+    assert checkpoint_of(tmp_path / "night")["made_from"]["frames"]["frames"] == 2
 
 
 def test_epochs_and_conditions_are_only_other_flags(monkeypatch):
@@ -183,9 +189,9 @@ def test_epochs_and_conditions_are_only_other_flags(monkeypatch):
 # ---- what reads the results ----------------------------------------------------------------------
 
 def test_stage2_reads_no_stage1_s_result(world, labels, tmp_path):
-    waffleiron, content = load_waffleiron(labels[0])
+    _, content = load_point_encoder(labels[0])
     assert content["encoder"]["name_or_path"] == "vit_mini8"
-    assert content["image_size"] == (80, 160) and content["cloud"]["cell"] == 1
+    assert content["image_size"] == (80, 160) and content["samplings"]["nuscenes"]["cell"] == 1
     stage2.main(stage2_args(world, labels[0], tmp_path / "s2", "--steps", "2"))
     before = load_image_encoder("vit_mini8", weights="random").backbone.state_dict()
     after = load_image_encoder(str(tmp_path / "s2")).backbone.state_dict()
@@ -204,12 +210,12 @@ def test_probes_read_the_image_encoders(world, head2, joint, tmp_path):
         assert equal_under("encoder.backbone", seen["after"], encoder.backbone.state_dict())
 
     out, seen = joint
-    file = out / "waffleiron.pth"
+    file = out / "point_encoder.pth"
     probe.main(probe_args(world, "depth", out, tmp_path / "2d", "--steps", "1"))
     probe.main(probe_args(world, "seg3d", file, tmp_path / "3d", "--steps", "1",
                           "--cameras", "all"))
-    waffleiron, _ = load_waffleiron(file)
-    assert equal_under("waffleiron", seen["after"], waffleiron.state_dict())
+    point_encoder, _ = load_point_encoder(file)
+    assert equal_under("point_encoder", seen["after"], point_encoder.state_dict())
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -229,6 +235,9 @@ def test_bad_input_is_one_line_and_exit_code_2(world, labels, head1, joint, tmp_
     assert "--feature: leave it out" in error("2d-head", "--feature", "keys", first=head1[0])
     assert "not a checkpoint of stage 1 with a 2D head" in error("2d-head", first=labels[0])
     assert "no such file" in error("2d-head", first=tmp_path / "none")
+    old = tmp_path / "old.pth"
+    torch.save({**checkpoint_of(head1[0]), "layout": 1}, old)
+    assert "by an earlier version of this project" in error("2d-head", first=old)
     assert not out.exists()
 
     # stage 2 as it is cannot go on from a stage 1 with a 2D head

@@ -1,32 +1,36 @@
 """Flags: every number of every script is refused in one line where it can mean nothing."""
 import argparse
 
+import numpy as np
 import pytest
 from runs import fails_with_one_line
 
 import demo
 import eval as evaluation
 import export
+import finetune
 import probe
 import stage1
 import stage2
+import waffleiron
 from experiments import ablations, bench, corruptions, reproduce, visualize
 from miniature import overview, pretrain, world
 from plumbing.arguments import Distinct, Parser, real, whole
 from plumbing.errors import one_line_errors
 from plumbing.training import Batches
-from readers import nuimages, nuscenes
+from readers import nuscenes, table
 
 # {script: (function, the arguments that get through its parser)}; None: it reads sys.argv
 SCRIPTS = {
     "stage1": (stage1.parse, "--data x --out y"),
     "stage2": (stage2.parse, "--data x --out y --stage1 z"),
     "probe": (probe.parse, "--data x --encoder y --task seg"),
+    "finetune": (finetune.parse, "--data x --encoder y --task seg"),
     "eval": (evaluation.main, "x"),
     "export": (export.parse, "x --out y"),
     "demo": (demo.main, None),
-    "nuscenes": (nuscenes.main, None),
-    "nuimages": (nuimages.main, None),
+    "nuscenes": (lambda: table.main("nuscenes"), None),
+    "nuimages": (lambda: table.main("nuimages"), None),
     "joint": (ablations.joint, ""),
     "2d-head": (ablations.head_2d, ""),
     "bench": (bench.parse, ""),
@@ -121,7 +125,10 @@ def test_a_refusal_says_what_is_wanted(parse, text, message):
 def test_a_bad_flag_is_one_line_that_names_it(capsys, argv, message):
     @one_line_errors
     def main(argv):
-        stage1.cloud_of(stage1.parse(argv))
+        args = stage1.parse(argv)
+        columns = {"split": np.array([b"train"])}
+        frames = table.FrameTable(nuscenes, args.data, columns)
+        waffleiron.build(args, stage1.samplings_of(args, [frames]), out_channels=4)
     argv = ["--data", "x", "--out", "y", *argv.split()]
     assert message in fails_with_one_line(capsys, main, argv)
 

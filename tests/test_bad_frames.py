@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import fails_with_one_line, lines, probe_args, stage1_args, stage2_args
+from runs import fails_with_one_line, lines, open_one, probe_args, stage1_args, stage2_args
 from test_weights import Harmful
 
-import data
 import eval as evaluation
 import export
+import finetune
+import models
 import probe
 import stage1
 import stage2
-from data import CLOUD, Frames, collate
+from data import Frames, collate
 from experiments import ablations
 from plumbing.errors import InputError
 from plumbing.run_folder import Log
-from readers import nuscenes
-from waffleiron import load_waffleiron
+from plumbing.weights import LAYOUT
+from readers.files import read_image
+from waffleiron import prepare
 
 BAD_FOR_THE_INDEX = ("cut scan", "empty scan", "empty image", "labels of another length",
                      "zero quaternion", "nan in a pose")
@@ -77,11 +79,11 @@ def damage_pose(tables, scan, kind):
 def damage(root, kind):
     """Do one harm to the first training frame of a nuScenes root.
     Returns the name of the file that an error should name."""
-    found = nuscenes.load_index(root, here=True)
-    row = found.select("train")[0]
-    scan = root / found.lidar[row].decode()
-    image = root / found.image[row, 0].decode()
-    labels = root / found.lidarseg[row].decode()
+    found = open_one(root)
+    row = found.select("train").rows[0]
+    scan = root / found["scan"][row].decode()
+    image = root / found["image"][row, 0].decode()
+    labels = root / found["labels"][row].decode()
     points = np.fromfile(scan, np.float32).reshape(-1, 5).copy()
     if kind in BAD_IMAGES:
         damage_image(image, kind)
@@ -93,7 +95,7 @@ def damage(root, kind):
     elif kind == "labels of another length":
         labels.write_bytes(labels.read_bytes()[:-1])
     elif kind in ("zero quaternion", "nan in a pose"):
-        damage_pose(root / "v1.0-trainval", found.lidar[row].decode(), kind)
+        damage_pose(root / "v1.0-trainval", found["scan"][row].decode(), kind)
     elif kind in ("nan", "infinite"):
         points[3, 1] = np.nan if kind == "nan" else np.inf
         points.tofile(scan)
@@ -114,7 +116,7 @@ def damage(root, kind):
 def test_every_harm_is_named_or_skipped(copy, kind):
     name = damage(copy, kind)
     os.utime(copy / "v1.0-trainval/log.json")  # so that it is indexed anew
-    found = nuscenes.load_index(copy, here=True)
+    found = open_one(copy)
 
     # The index names it when its split is asked for, and only then.
     if kind in BAD_FOR_THE_INDEX:
@@ -124,47 +126,46 @@ def test_every_harm_is_named_or_skipped(copy, kind):
     found.select("val")  # is not concerned
 
     # Reading the frame names it too.
-    options = dict(image_size=(80, 160), cloud=CLOUD, labels=True)
-    rows = found.select("train", skip_bad=True)
+    options = dict(image_size=(80, 160), prepare=prepare, target="labels")
+    tables = [found.select("train", skip_bad=True)]
     with pytest.raises(InputError, match=BAD_WHEN_READ.get(kind, "extract")) as error:
-        Frames(found, rows, **options)[0, 0]
+        Frames(tables, **options)[0, 0]
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
     # Skipping puts another frame in its place, and names it.
-    skipping = Frames(found, rows, **options, skip_bad=True)
-    intact = Frames(found, rows, **options)
+    skipping = Frames(tables, **options, skip_bad=True)
+    intact = Frames(tables, **options)
     batch = collate([skipping[0, number] for number in (7, 0)])
-    assert [row for row, _ in batch["bad"]] == [rows[0]]
+    assert [row for row, _ in batch["bad"]] == [tables[0].rows[0]]
     assert name in batch["bad"][0][1]
     assert torch.equal(batch["image"][1], intact[0, 1]["image"])
     assert torch.equal(batch["image"][0], intact[0, 7]["image"])
 
 
 def test_a_repaired_frame_is_good_again(copy, world):
-    found = nuscenes.load_index(copy, here=True)
-    scan = copy / found.lidar[0].decode()
+    scan = copy / open_one(copy)["scan"][0].decode()
     content = scan.read_bytes()
     scan.write_bytes(content[:-7])
     os.utime(copy / "v1.0-trainval/log.json")  # so that it is indexed anew
-    assert (nuscenes.load_index(copy, here=True).bad != b"").sum() == 1
+    assert (open_one(copy)["bad"] != b"").sum() == 1
     scan.write_bytes(content)
-    assert (nuscenes.load_index(copy, here=True).bad == b"").all()
+    assert (open_one(copy)["bad"] == b"").all()
 
 
 def test_a_grey_image_is_an_image(tmp_path):
     Image.linear_gradient("L").resize((48, 24)).save(tmp_path / "grey.jpg")
-    image = data.read_image(tmp_path / "grey.jpg", (24, 48), (24, 48))
+    image = read_image(tmp_path / "grey.jpg", (24, 48), (24, 48)).float()
     assert image.shape == (3, 24, 48) and (image[0] == image[1]).all() and image.std() > 50
 
 
 def test_all_bad_is_an_error_even_when_skipping(copy):
-    found = nuscenes.load_index(copy, here=True)
+    tables = [open_one(copy).select("train")]
     for path in (copy / "samples/CAM_FRONT").iterdir():
         path.write_bytes(path.read_bytes()[:500])
     message = "8 items in a row cannot be read, the last: .*not a readable image"
     with pytest.raises(InputError, match=message):
-        Frames(found, found.select("train"), image_size=(80, 160), skip_bad=True)[0, 0]
+        Frames(tables, image_size=(80, 160), skip_bad=True)[0, 0]
 
 
 # ---- the scripts ---------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_scripts_stop_or_skip(copy, world, tmp_path, capsys, script, monkeypatch
     error = capsys.readouterr().err
     assert "1 of 8 frames are bad, more than 1%" in error and name in error
 
-    monkeypatch.setattr("run_folder.BAD_FRAMES", 0.2)
+    monkeypatch.setattr("plumbing.run_folder.BAD_FRAMES", 0.2)
     start("--on-bad-frame", "skip")
     assert name in lines(out)[-1]["bad_frames"][0]
     assert "1 bad frames were left out" in capsys.readouterr().out
@@ -219,19 +220,21 @@ def test_tables_cannot_name_files_outside_of_the_root(copy, path):
     rewrite(copy / "v1.0-trainval/sample_data.json", lambda rows: rows[0].update(filename=path))
     message = f"the tables name {path}, which is outside of this folder"
     with pytest.raises(InputError, match=message):
-        nuscenes.load_index(copy, here=True)
+        open_one(copy)
 
 
 def test_every_loader_refuses_code(world, tmp_path, capsys):
     made, evil, out = tmp_path / "made", tmp_path / "evil", tmp_path / "out"
     evil.mkdir()
-    content = {"kind": "point_encoder", "args": {}, "step": 1, "model": Harmful(made)}
+    content = {"kind": "point_encoder", "layout": LAYOUT, "args": {}, "step": 1,
+               "model": Harmful(made)}
     torch.save(content, evil / "last.pth")
     weights = ["--weights", str(evil / "last.pth")]
     for main, argv in (
             (stage2.main, stage2_args(world, evil, out)),  # --stage1
             (stage1.main, stage1_args(world, evil)),  # a run to resume
             (probe.main, probe_args(world, "seg", evil, out)),  # --encoder
+            (finetune.main, probe_args(world, "seg", evil, out)),
             (probe.main, probe_args(world, "seg3d", evil, out)),  # WaffleIron
             (probe.main, probe_args(world, "seg", "dino_vits16", out, *weights)),
             (evaluation.main, [str(evil), "--out", str(out)]),
@@ -241,15 +244,15 @@ def test_every_loader_refuses_code(world, tmp_path, capsys):
         fails_with_one_line(capsys, main, argv)
         assert not made.exists()
     with pytest.raises(InputError, match="loading that could run code"):
-        load_waffleiron(evil)
+        models.load_point_encoder(evil)
 
 
 def test_the_index_cache_holds_no_pickle(world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    nuscenes.load_index(world, here=True)
+    open_one(world)
     file = next((tmp_path / "cache").rglob("scene.npy"))
     np.save(file, np.array([Harmful(tmp_path / "made")], object), allow_pickle=True)
-    nuscenes.load_index(world, here=True)  # made anew
+    open_one(world)  # made anew
     assert not (tmp_path / "made").exists() and os.path.isfile(file)
 
 

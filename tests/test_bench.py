@@ -1,5 +1,6 @@
 """The bench: both formulations are the same function; its measures and tables; real ratios."""
 import re
+import weakref
 from statistics import median
 
 import numpy as np
@@ -8,14 +9,14 @@ import torch
 from torch import nn
 
 import models
-from data import CLOUD, Frames, collate, plane_sizes
+from data import Frames, collate
 from distill import sample_features
 from experiments import bench
-from experiments.plain import pad, plain_item, plain_pixel_features
+from experiments.plain import pad, plain_image_item, plain_item, plain_pixel_features
 from experiments.workloads import Case, both_forms, step_cases, waffleiron_cases
-from readers.nuscenes import load_index
+from readers.table import open_tables
 from waffleiron import GRIDS as PAPERS_GRIDS
-from waffleiron import WaffleIron
+from waffleiron import WaffleIron, plane_sizes, prepare
 
 GRIDS = ((24, 20), (24, 8), (20, 8))
 
@@ -42,7 +43,8 @@ def cloud(count):
         cells.append(row * w + col)
     others = torch.randint(1, count, (count, 4))
     neighbors = (torch.arange(count)[:, None] + others) % count
-    return {"feats": torch.randn(count, 5), "cells": torch.stack(cells), "neighbors": neighbors}
+    return {"inputs": {"points": torch.randn(count, 5), "cells": torch.stack(cells, 1),
+                       "neighbors": neighbors}}
 
 
 def model_of(norm, **options):
@@ -74,8 +76,8 @@ def outputs_and_gradients(model, batch):
     dict(norm="layernorm", activation="gelu", head="mlp")])
 def test_waffleiron_on_ragged_clouds(double, options):
     batch = collate([cloud(400), cloud(25)])      # 400: the embedding takes them in two pieces
-    feats, *_ = pad(batch["feats"], batch["cells"], batch["neighbors"], batch["batch"])
-    assert feats.shape == (2, 5, 400)
+    points, *_ = pad(batch)
+    assert points.shape == (2, 5, 400)
     model = model_of(**options).eval()
     (plain, plain_gradients), (ours, gradients) = outputs_and_gradients(model, batch)
     assert ours.shape == (425, 6) and ours.abs().max() > 0.1
@@ -104,25 +106,45 @@ def test_reading_an_upsampled_map_is_sampling():
 
 
 def test_data_items_of_the_miniature(world):
-    index = load_index(world)
-    frames = Frames(index, np.arange(len(index.lidar)), "all", (40, 80), CLOUD)
+    tables = open_tables(str(world))
+    frames = Frames(tables, "all", (40, 80), prepare)
+    images = Frames(tables, "all", (40, 80))
     for number in (0, 5):
         assert_same_item(plain_item(frames, (0, number)), frames[0, number], levels=0)
+        assert_same_image(plain_image_item(images, (0, number)), images[0, number])
 
 
 def test_data_items_of_the_real_keyframe(real):
-    frames = Frames(load_index(real, "v1.0-mini"), [0], "all", (224, 448), CLOUD)
+    tables = one_frame(real, "v1.0-mini")
+    frames = Frames(tables, "all", (224, 448), prepare)
+    images = Frames(tables, "all", (224, 448))
     for number in range(6):
         assert_same_item(plain_item(frames, (0, number)), frames[0, number], levels=10)
+        assert_same_image(plain_image_item(images, (0, number)), images[0, number])
+
+
+def one_frame(root, version=None):
+    """The first frame of a nuScenes root: a list of one table."""
+    (table,) = open_tables(str(root), version)
+    return [table.only([0])]
 
 
 def assert_same_item(plain, ours, levels):
     ours = {name: value for name, value in ours.items() if name != "condition"}
     difference = (plain.pop("image").int() - ours.pop("image").int()).abs()
     assert difference.max() <= levels and difference.float().mean() <= 0.1 * levels
-    assert plain.keys() == ours.keys() and len(ours["feats"]) > 100
+    assert plain.keys() == ours.keys() and len(ours["inputs"]["points"]) > 100
+    plain |= plain.pop("inputs")
+    ours |= ours.pop("inputs")
+    assert plain.keys() == ours.keys()
     for name, value in ours.items():
         torch.testing.assert_close(plain[name], value, msg=name)
+
+
+def assert_same_image(plain, ours):
+    """The item of an image alone has that, and not what the plain one has of its scan."""
+    assert ours.keys() == {"condition", "image"} and torch.equal(plain["image"], ours["image"])
+    assert len(plain["pixels"]) == len(plain["depths"]) > 100
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -160,6 +182,64 @@ def test_a_row_and_its_differences():
     assert "| a name |" in text and text.count("not run") == 3
 
 
+class OutOfMemory:
+    """A case's run of which the plain side is out of memory in these precisions."""
+
+    def __init__(self, learner, precisions, side=True):
+        self.learner = learner
+        self.precisions = precisions
+        self.side = side
+        self.runs = []
+
+    def __call__(self, plain, precision):
+        self.runs.append((plain, precision))
+        self.learner.zero_grad()
+        points = torch.ones(5, 3)
+        self.held = weakref.ref(points)
+        out = self.learner(points)
+        out.sum().backward()
+        if plain == self.side and precision in self.precisions:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return [out]
+
+
+@pytest.mark.parametrize("precisions", [("fp32", "bf16"), ("bf16",)])
+def test_plain_out_of_memory_leaves_ours_measured(monkeypatch, precisions):
+    learner = nn.Linear(3, 2)
+    run = OutOfMemory(learner, precisions)
+    held = []   # what the run held is gone when the cache is emptied
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(run.held()))
+    row = bench.measure(Case("a name", run, learner=learner), "bf16", 1)
+    assert all(plain is None and ours > 0 for plain, ours in row["times"])
+    assert sum(ours for _, ours in row["times"]) >= 1
+    assert row["peaks"][0] is None and len(row["peaks"]) == 2
+    assert row["differ"] == ([None, None] if "fp32" in precisions else [0, 0])
+    assert held == [None] * len(precisions)
+    assert (False, "bf16") == run.runs[-1] and learner.weight.grad is None
+
+    row["peaks"] = [None, 30 * 2**20]
+    (cells,) = (cells for name, cells in table_rows(bench.table([row])).items() if name == "a name")
+    plain, ours, ratio, plain_memory, memory, part, *differ = cells
+    assert plain == plain_memory == "out of memory" and ratio == part == "-"
+    assert re.fullmatch(r"\d+ ms", ours) and memory == "30 MB"
+    assert differ == (["-", "-"] if "fp32" in precisions else ["0e+00", "0e+00"])
+    assert "0.0 hours" in bench.whole_run(row, 1, 1, "a view")
+
+
+def test_plain_out_of_memory_in_float32_alone_is_measured_in_bfloat16():
+    learner = nn.Linear(3, 2)
+    row = bench.measure(Case("a name", OutOfMemory(learner, ["fp32"]), learner=learner), "bf16", 1)
+    assert row["differ"] == [None, None] and np.sum(row["times"]) >= 1
+
+
+@pytest.mark.parametrize("precisions", [("fp32",), ("bf16",)])
+def test_ours_out_of_memory_ends_the_run(precisions):
+    learner = nn.Linear(3, 2)
+    run = OutOfMemory(learner, precisions, side=False)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="20.00 GiB"):
+        bench.measure(Case("a name", run, learner=learner), "bf16", 1)
+
+
 def test_what_the_tables_say_of_times_and_differences():
     assert bench.faster([(2, 1), (6, 2), (4, 4)]) == "2.0 (1.0–3.0)"
     assert bench.difference([torch.tensor([4.0, 2.0])], [torch.tensor([4.0, 1.0])]) == 0.25
@@ -169,7 +249,7 @@ def test_what_the_tables_say_of_times_and_differences():
 
 
 def test_steps_leave_the_weights_and_the_frozen_side(world):
-    frames = Frames(load_index(world), [0], "all", (40, 80), CLOUD)
+    frames = Frames(one_frame(world), "all", (40, 80), prepare)
     batch = collate([frames[0, 0]])
     batch |= {"image": batch["image"] / 255, "pixels": batch["pixels"].floor()}
     encoder = models.load_image_encoder("vit_mini8", "random")
@@ -192,6 +272,7 @@ SMALL = ["--device", "cpu", "--widths", "8", "12", "--encoder", "vit_mini8",
          "--points", "30", "900", "--repeats", "1"]
 STEPS = ("stage-1 step, vit_mini8, WI-6-12, batch 2", "stage-2 step, vit_mini8, WI-6-12, batch 2")
 ROWS = ("1 data items, voxels of the whole scan", "1 data items, voxels of a camera's points",
+        "1 images alone, scans read all the same",
         "WI-6-8, forward", "WI-6-8, forward + backward",
         "WI-6-12, forward", "WI-6-12, forward + backward",
         *STEPS, "stage-2 image side, 1024 channels, batch 2")
@@ -260,10 +341,11 @@ def test_bad_flags_are_one_line(world, capsys, flags, named):
 @pytest.mark.slow
 def test_ratios_on_the_real_keyframe(real):
     """With a wide margin: neither another job on the machine nor cheap memory must fail it."""
-    frames = Frames(load_index(real, "v1.0-mini"), [0], "CAM_FRONT", None, CLOUD)
-    batch = collate([frames[0, 0]])
-    assert plane_sizes(CLOUD["fov"], CLOUD["cell"]) == PAPERS_GRIDS
-    cases, _ = waffleiron_cases(256, 6, 384, batch, torch.device("cpu"))
+    (table,) = one_frame(real, "v1.0-mini")
+    batch = collate([Frames([table], "CAM_FRONT", prepare=prepare)[0, 0]])
+    assert plane_sizes(table.sampling["fov"], table.sampling["cell"]) == PAPERS_GRIDS
+    samplings = {"nuscenes": table.sampling}
+    cases, _ = waffleiron_cases(256, 6, 384, batch, samplings, torch.device("cpu"))
     row = bench.measure(cases[1], None, 2)    # forward + backward
     assert median(plain / ours for plain, ours in row["times"]) > 1.1, row
     assert row["peaks"][0] is None or row["peaks"][1] < 0.5 * row["peaks"][0], row

@@ -35,15 +35,15 @@ def test_stage_2_says_when_features_collapse(world, first, tmp_path, monkeypatch
     assert "collapse" not in capsys.readouterr().out
 
     # after the first step the features are nearly one and the same
-    real, calls = stage2.sample_features, []
+    real, calls = stage2.features_at_pixels, []
 
-    def towards_one(maps, *args):
+    def towards_one(encoder, batch):
         calls.append(1)
-        features = real(maps, *args)
+        features = real(encoder, batch)
         if len(calls) == 1:
             return features
         return 0.01 * features + features.mean(0).detach()
-    monkeypatch.setattr(stage2, "sample_features", towards_one)
+    monkeypatch.setattr(stage2, "features_at_pixels", towards_one)
     stage2.main(stage2_args(world, first, bad, "--steps", "8"))
     assert "features collapse, feature_variance" in "".join(capsys.readouterr())
     logged = [text for line in lines(bad) for text in line.get("collapse", ())]

@@ -1,92 +1,26 @@
-"""Corruptions applied: to frames, to a probe's evaluation, to stage 2; each draw is repeated."""
-import functools
+"""Corrupted copies in use: by a probe's evaluation, by stage 2, with clean data; the commands."""
 import json
-import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from runs import (checkpoint_of, fails_with_one_line, largest_difference, lines, model_of,
-                  probe_args, stage2_args)
+from runs import (checkpoint_of, eval_args, fails_with_one_line, largest_difference, lines,
+                  model_of, probe_args, stage2_args)
 
 import eval as evaluation
 import probe
 import stage2
-from data import Frames
 from experiments import corruptions
-from experiments.corruptions import SCANS, CorruptedImages, CorruptedScans
+from experiments.corruptions import SCANS
 from plumbing import run_folder
-from plumbing.errors import InputError
-from readers.nuscenes import load_index
-
-SIZE = (80, 160)
 
 
-# ---- frames --------------------------------------------------------------------------------------
-
-def test_images_change_and_points_do_not(world):
-    index = load_index(world)
-    rows = index.select("val")
-    noise = dict(image_size=SIZE, labels=True, corruption="gaussian_noise", severity=2)
-    clean = Frames(index, rows, image_size=SIZE, labels=True)
-    noisy = CorruptedImages(index, rows, **noise)
-    part = CorruptedImages(index, rows[2:], **noise)
-    other = CorruptedImages(index, rows, **noise, noise_seed=1)
-
-    before, after = clean[0, 3], noisy[0, 3]
-    for name in ("pixels", "depths", "labels"):
-        assert torch.equal(before[name], after[name])
-    assert not torch.equal(before["image"], after["image"])
-
-    # whatever the epoch, the other frames and the process, but not the seed
-    assert torch.equal(after["image"], part[7, 1]["image"])
-    again = pickle.loads(pickle.dumps(noisy))
-    assert torch.equal(after["image"], again[0, 3]["image"])
-    assert not torch.equal(after["image"], other[0, 3]["image"])
-
-    # frames draw each for itself
-    drawn = []
-    for n in (0, 1):
-        drawn.append(noisy[0, n]["image"].float() - clean[0, n]["image"].float())
-    assert abs(torch.corrcoef(torch.stack(drawn).flatten(1))[0, 1]) < 0.05
-
-
-def test_cameras_draw_each_for_itself(world):
-    index = load_index(world)
-    frames = CorruptedImages(index, [0], image_size=SIZE, corruption="fog", severity=5)
-    # one camera twice
-    index.image = index.image[:, [0, 0]]
-    index.image_size = index.image_size[:, [0, 0]]
-    assert not np.array_equal(frames.image(0, 0), frames.image(0, 1))
-
-
-@pytest.mark.parametrize("name", SCANS)
-def test_scans_change_and_images_do_not(world, name):
-    index = load_index(world)
-    rows = index.select("train")
-    clean = Frames(index, rows, image_size=SIZE)
-    frames = CorruptedScans(index, rows, image_size=SIZE, corruption=name, severity=5)
-    assert torch.equal(frames[0, 1]["image"], clean[0, 1]["image"])
-    assert torch.equal(frames[0, 1]["pixels"], frames[3, 1]["pixels"])  # in each epoch alike
-    again = pickle.loads(pickle.dumps(frames))
-    assert np.array_equal(again.scan(rows[1]), frames.scan(rows[1]))
-    left = 0.7 if name == "density_decrease" else 1
-    count, fewer = len(clean[0, 1]["depths"]), len(frames[0, 1]["depths"])
-    assert fewer == pytest.approx(count * left, rel=0.05)
-
-    # each frame draws for itself: two frames of one scan
-    index.lidar[rows[1]] = index.lidar[rows[0]]
-    one, two = (frames.scan(row) for row in rows[:2])
-    assert one.shape == two.shape and not np.array_equal(one, two)
-
-
-@pytest.mark.parametrize("name", SCANS)
-def test_corrupted_scans_have_no_labels(world, name):
-    index = load_index(world)
-    frames = CorruptedScans(index, index.select("train"), labels=True, corruption=name, severity=1)
-    with pytest.raises(InputError, match="no labels"):
-        frames[0, 0]
+def make(data, out, corruption, severity, *more):
+    """`make` of corruptions in this process."""
+    corruptions.main(["make", "--data", str(data), "--out", str(out), "--corruption", corruption,
+                      "--severity", str(severity), "--workers", "0", *more])
+    return out
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -105,7 +39,7 @@ def probes(world, tmp_path_factory):
 def evaluate(*probes, out, more=(), workers=0):
     """The rows of OUT.json of `images`."""
     corruptions.main(["images", *map(str, probes), "--out", str(out), "--workers", str(workers),
-                      "--device", "cpu", *more])
+                      "--device", "cpu", "--copies", str(out.with_suffix(".copies")), *more])
     return json.loads(out.with_suffix(".json").read_text())
 
 
@@ -118,14 +52,17 @@ def test_probes_on_corrupted_images(world, probes, tmp_path, capsys):
     assert len(rows) == 3  # the last one is the first
 
     device = torch.device("cpu")
-    foggy = functools.partial(CorruptedImages, corruption="fog", severity=5)
+    foggy = make(world, tmp_path / "foggy", "fog", 5, "--split", "val", "--image-size", "80", "160")
     for row, metric in zip(rows, ("mIoU", "RMSE", "RMSE")):
         results = row["results"]
         assert list(results) == ["clean", "fog", "gaussian_noise", "motion_blur"]
         assert row["severity"] == 5
         assert results["clean"] == evaluation.evaluate(row["run"], device, workers=0)
-        fog = evaluation.evaluate(row["run"], device, workers=0, dataset=foggy)
-        assert results["fog"] == fog
+        # a copy in another place, of the same frames; its one column is the corruption's
+        fog = evaluation.evaluate(row["run"], device, str(foggy), workers=0)
+        assert results["fog"] | {"data": str(foggy)} == fog
+        assert results["fog"][metric]["fog"] == results["fog"][metric]["full"]
+        assert list(results["fog"][metric]) == ["full", "fog"]
         assert len({result[metric]["full"] for result in results.values()}) == 4
     for name, result in rows[1]["results"].items():
         assert result["RMSE"] == rows[2]["results"][name]["RMSE"]
@@ -143,58 +80,78 @@ def test_loading_processes_draw_the_same(probes, tmp_path):
     for workers in (0, 1):
         found.append(evaluate(probes / "depth", out=tmp_path / str(workers), workers=workers,
                               more=["--corruptions", "fog", "--seed", "4"]))
+        assert found[-1][0]["results"]["fog"].pop("data").startswith(f"{tmp_path}/{workers}.copies")
     assert found[0] == found[1]
+
+
+def test_a_second_evaluation_takes_the_copies(world, probes, tmp_path, capsys):
+    more = ["--corruptions", "motion_blur", "--data", str(world)]
+    rows = evaluate(probes / "depth", out=tmp_path / "table", more=more)
+    (made,) = (tmp_path / "table.copies").iterdir()
+    capsys.readouterr()
+    assert evaluate(probes / "seg", probes / "depth", out=tmp_path / "table", more=more)[1:] == rows
+    said = capsys.readouterr().out
+    assert said.count(f"{made}: made before with the same arguments, taken as it is") == 2
+    assert f"written: {made}" not in said
 
 
 # ---- stage 2 -------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def scans(world, tmp_path_factory):
+    """Copies of `world` with corrupted scans: {corruption: folder}."""
+    root = tmp_path_factory.mktemp("scans")
+    return {name: make(world, root / name, name, 5, "--sensor", "lidar") for name in SCANS}
+
+
 @pytest.mark.slow
-def test_stage2_on_corrupted_clouds(world, first, tmp_path):
+def test_stage2_on_corrupted_clouds(world, first, scans, tmp_path):
     stage2.main(stage2_args(world, first, tmp_path / "clean", "--steps", "2"))
     for name in SCANS:
-        argv = stage2_args(world, first, tmp_path / name, "--steps", "2")
-        corruptions.main(["lidar", name, "--severity", "5", "--", *argv])
+        stage2.main(stage2_args(scans[name], first, tmp_path / name, "--steps", "2"))
     losses = [lines(tmp_path / name)[-1]["loss"] for name in ("clean", *SCANS)]
     assert len(set(losses)) == 3 and max(losses) - min(losses) < 0.2
 
 
 @pytest.mark.slow
-def test_stage2_goes_on_with_the_same_corruption_only(world, first, tmp_path, capsys):
-    def run(out, *more):
-        argv = stage2_args(world, first, tmp_path / out, "--steps", "2")
-        corruptions.main(["lidar", *more, "--", *argv])
+def test_stage2_goes_on_with_the_same_corruption_only(world, first, scans, tmp_path, capsys):
+    """Though the path of --data may change, and the tables say the same of all copies."""
+    def run(out, data):
+        stage2.main(stage2_args(data, first, tmp_path / out, "--steps", "2"))
 
-    def refused(out, *more):
-        return fails_with_one_line(capsys, lambda argv: run(out, *argv), more)
+    def refused(out, data):
+        line = fails_with_one_line(capsys, lambda _: run(out, data), [])
+        assert f"{tmp_path / out}" in line and "frames: " in line and "; now: " in line
 
-    clean = stage2_args(world, first, tmp_path / "clean", "--steps", "2")
-    noise = ["gaussian_noise", "--severity", "5"]
-    stage2.main(clean)
-    run("noisy", *noise)
+    noise = scans["gaussian_noise"]
+    run("clean", world)
+    run("noisy", noise)
     before = (tmp_path / "noisy" / "log.jsonl").read_text()
-    assert "--severity 5, now 4" in refused("noisy", "gaussian_noise", "--severity", "4")
-    assert "--corruption gaussian_noise, now density_decrease" in refused(
-        "noisy", "density_decrease", "--severity", "5")
-    assert "--noise-seed 0, now 1" in refused("noisy", *noise, "--seed", "1")
+    lidar = ("--sensor", "lidar")
+    refused("noisy", make(world, tmp_path / "weaker", "gaussian_noise", 4, *lidar))
+    refused("noisy", scans["density_decrease"])
+    refused("noisy", make(world, tmp_path / "other", "gaussian_noise", 5, *lidar, "--seed", "1"))
 
     # nor do clean clouds go on with corrupted ones, or the other way round
-    assert "--corruption None, now gaussian_noise" in refused("clean", "gaussian_noise")
-    clean[clean.index("--out") + 1] = str(tmp_path / "noisy")
-    assert "now None" in fails_with_one_line(capsys, stage2.main, clean)
+    refused("clean", noise)
+    refused("noisy", world)
 
-    # the same: finished, nothing is done again
-    run("noisy", *noise)
+    # the same: finished, nothing is done again, wherever the copy is
+    run("noisy", noise)
+    run("noisy", make(world, tmp_path / "alike", "gaussian_noise", 5, *lidar))
     assert (tmp_path / "noisy" / "log.jsonl").read_text() == before
-    run("again", *noise)
+    run("again", noise)
     assert largest_difference(model_of(tmp_path / "again"), model_of(tmp_path / "noisy")) == 0
 
 
 def test_a_stopped_stage2_goes_on_with_the_same_clouds_only(world, first, tmp_path, capsys,
                                                             monkeypatch):
-    argv = stage2_args(world, first, tmp_path / "out", "--steps", "3", "--save-every", "0")
+    copies = {severity: make(world, tmp_path / severity, "density_decrease", severity, "--sensor",
+                             "lidar") for severity in ("1", "2")}
 
     def run(severity):
-        corruptions.main(["lidar", "density_decrease", "--severity", severity, "--", *argv])
+        stage2.main(stage2_args(copies[severity], first, tmp_path / "out", "--steps", "3",
+                                "--save-every", "0"))
 
     save = run_folder.save
 
@@ -205,9 +162,34 @@ def test_a_stopped_stage2_goes_on_with_the_same_clouds_only(world, first, tmp_pa
         patch.setattr(run_folder, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run("2")
-    assert "--severity 2, now 1" in fails_with_one_line(capsys, run, "1")
+    assert "frames: " in fails_with_one_line(capsys, run, "1")
     run("2")
     assert checkpoint_of(tmp_path / "out")["step"] == 3
+
+
+# ---- clean and corrupted together ----------------------------------------------------------------
+
+def test_clean_and_corrupted_frames_together(world, first, tmp_path, capsys):
+    foggy = make(world, tmp_path / "foggy", "fog", 3, "--image-size", "80", "160")
+    both = f"nuscenes={world},nuscenes={foggy}"
+    stage2.main(stage2_args(both, first, tmp_path / "s2", "--steps", "2"))
+    assert checkpoint_of(tmp_path / "s2")["made_from"]["frames"]["frames"] == 16
+
+    # a probe of clean frames, judged on each and on both
+    probe.main(probe_args(world, "seg", tmp_path / "s2", tmp_path / "probe", "--steps", "2"))
+    full = []
+    for number, data in enumerate((str(world), str(foggy), both)):
+        out = tmp_path / f"table-{number}"
+        evaluation.main([*eval_args(tmp_path / "probe", out=out), "--data", data])
+        full.append(json.loads(out.with_suffix(".json").read_text())[0])
+    conditions = ["day-clear", "day-rain", "night"]
+    assert [list(result["mIoU"]) for result in full] == [
+        ["full", *conditions], ["full", "fog"], ["full", *conditions, "fog"]]
+    assert full[2]["images"] == 12
+    for name in conditions:
+        assert full[2]["mIoU"][name] == full[0]["mIoU"][name]
+    assert full[2]["mIoU"]["fog"] == full[1]["mIoU"]["fog"] == full[1]["mIoU"]["full"]
+    assert "judged on other frames than its own" in capsys.readouterr().out
 
 
 # ---- the picture, and bad input ------------------------------------------------------------------
@@ -232,9 +214,8 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, probes, tmp_path, c
     assert "no last.pth there" in error("images", tmp_path / "none", "--device", "cpu")
     assert "probe is needed" in error("images", first, "--device", "cpu")
 
-    assert "after --" in error("lidar", "gaussian_noise")
-    argv = stage2_args(tmp_path, first, tmp_path / "out")
-    assert "not a nuScenes root" in error("lidar", "gaussian_noise", "--", *argv)
+    assert "not a nuScenes root" in error("make", "--data", tmp_path, "--out", tmp_path / "out",
+                                          "--corruption", "fog")
     assert not (tmp_path / "out").exists()  # refused before anything was written
 
     assert "--camera CAM_X" in error("show", "--data", world, "--camera", "CAM_X")
@@ -243,7 +224,9 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, probes, tmp_path, c
 
 @pytest.mark.parametrize("argv", [
     [], ["images", "x", "--severity", "6"], ["images", "x", "--corruptions", "snow"],
-    ["lidar", "fog", "--"]])
+    ["lidar", "fog", "--"], ["make", "--data", "x", "--out", "y"],
+    ["make", "--data", "x", "--out", "y", "--corruption", "snow"],
+    ["make", "--data", "x", "--out", "y", "--corruption", "fog", "--sensor", "radar"]])
 def test_wrong_words_are_argparse_s_errors(argv):
     with pytest.raises(SystemExit) as exit_:
         corruptions.main(argv)

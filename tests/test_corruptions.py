@@ -1,11 +1,11 @@
 """What each corruption does to an image or a scan, by severity, as the paper's sources have it."""
 import numpy as np
 import pytest
+from runs import open_one
 
-from data import Frames
 from experiments import corruptions
 from experiments.corruptions import IMAGES, SCANS, SEVERITIES
-from readers.nuscenes import load_index
+from readers.files import read_image
 
 
 def draws(seed=0):
@@ -23,8 +23,7 @@ def rises(values):
 @pytest.fixture(scope="module")
 def picture(world):
     """A frame's image at 112x224."""
-    index = load_index(world)
-    return Frames(index, [0], index.cameras[0], (112, 224)).image(0, 0)
+    return read_image(open_one(world).path("image", 0, 0), (112, 224)).numpy()
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def test_motion_blur_leaves_rows_apart(picture):
 
 @pytest.fixture(scope="module")
 def scan():
-    values = draws(5).uniform(-40, 40, (20000, 4)).astype(np.float32)
+    values = draws(5).uniform(-40, 40, (20000, 5)).astype(np.float32)
     values.flags.writeable = False  # as read_scan's
     return values
 
@@ -159,7 +158,7 @@ def test_lidar_noise_has_the_documented_deviation(scan):
     for severity, deviation in zip(SEVERITIES, (0.02, 0.04, 0.06, 0.08, 0.10)):
         noisy = SCANS["gaussian_noise"](scan, severity, draws())
         assert noisy.shape == scan.shape and noisy.dtype == np.float32
-        assert np.array_equal(noisy[:, 3], scan[:, 3])
+        assert np.array_equal(noisy[:, 3:], scan[:, 3:])
         noise = (noisy - scan)[:, :3]
         assert noise.std(0) == pytest.approx([deviation] * 3, rel=0.03)
         assert np.abs(noise.mean(0)).max() < 0.03 * deviation
@@ -174,6 +173,7 @@ def test_density_decrease_drops_the_documented_share(scan):
         thin = thin_out(numbered, severity, draws())
         left = thin[:, 3].astype(int)
         assert thin.shape == (count, 4) and thin.dtype == np.float32
+        assert np.array_equal(thin_out(np.arange(len(scan)), severity, draws()), left)  # labels
         assert rises(left.tolist()) and np.array_equal(thin, numbered[left])  # whole points
         assert set(left) < before  # of the lower severity's
         before = set(left)

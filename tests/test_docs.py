@@ -1,9 +1,11 @@
 """The commands of README and docs/ run: with other paths, sizes and numbers of steps.
 
-What runs for hours has tests of its own, or is the demo's: see ELSEWHERE. The links have targets.
+What runs for hours has tests of its own, or is the demo's: see ELSEWHERE. Fenced blocks are the
+recipes of docs/fork.md, which tests/test_fork.py carries out. The links have targets, README's map
+has all files, and the functions that docs/read.md names are there.
 """
-import importlib
 import re
+import runpy
 import shlex
 import sys
 
@@ -16,24 +18,28 @@ TWO_STEPS = ["--steps", "2", "--batch", "2", *RUN]
 SMALL = {  # what is added to a command of a script
     "stage1": ["--channels", "16", "--depth", "2", "--fov", "48", "48", "8", "--cell", "1",
                "--neighbors", "4", "--image-size", "80", "160", *TWO_STEPS],
-    "stage2": TWO_STEPS, "probe": ["--image-size", "80", "160", *TWO_STEPS],
+    "stage2": TWO_STEPS, "probe": TWO_STEPS, "finetune": TWO_STEPS,
     "eval": ["--workers", "0", "--device", "cpu"],
     "miniature.world": ["--train", "2", "1", "1", "--val", "1", "--frames", "1",
                         "--azimuths", "64", "--workers", "1"],
+    "experiments.corruptions make": ["--workers", "0"],
     "experiments.corruptions images": ["--workers", "0", "--device", "cpu"],
     "experiments.visualize": ["--device", "cpu"]}
 SMALL["experiments.ablations"] = SMALL["stage1"]
-SMALL["experiments.corruptions lidar"] = SMALL["stage2"]
 ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ", "experiments.bench ",  # have tests of theirs
              "experiments.reproduce --seeds", "experiments.reproduce --claim",
              "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
+
+
+def without_fenced_blocks(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
 def commands():
     """The commands of all pages in their order, as (page, module and arguments)."""
     found = []
     for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
+        text = without_fenced_blocks(page.read_text()).replace("\\\n", " ")
         values = {}
         for line in re.findall(r"^    (\$?\w.*)$", text, re.M):
             values |= dict(re.findall(r'(\w+)="(.*?)"', line)) if re.match(r'\w+="', line) else {}
@@ -54,22 +60,22 @@ def commands():
 def test_the_commands_are_found():
     names = [argv[0] for _, argv in commands()]
     assert len(names) >= 30
-    assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "stage1", "stage2", "probe", "eval", "export",
-            "miniature.world", "miniature.pretrain", "experiments.ablations", "experiments.bench",
-            "experiments.corruptions", "experiments.reproduce",
-            "experiments.visualize"} == set(names)
+    assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "stage1", "stage2", "probe",
+            "finetune", "eval", "export", "miniature.world", "miniature.pretrain",
+            "experiments.ablations", "experiments.bench", "experiments.corruptions",
+            "experiments.reproduce", "experiments.visualize"} == set(names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_have_targets(page):
-    text = page.read_text()
+    text = without_fenced_blocks(page.read_text())
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
         if target.startswith("http"):
             continue
         file = page.parent / target if target else page
         assert file.exists(), target
         if anchor:
-            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            titles = re.findall(r"^#+ (.*)$", without_fenced_blocks(file.read_text()), re.M)
             slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in slugs, (target, anchor)
 
@@ -79,6 +85,38 @@ def test_readme_is_a_landing_page():
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 1500
     first_screen = text.partition("## Run the paper")[0]
     assert len(first_screen.splitlines()) <= 40
+
+
+def test_readme_has_all_files():
+    rows = re.findall(r"^\| (.*?) ?\| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    folder = ""  # of the row; a row without a place is the folder's above
+    named = set()
+    for place, concern in rows:
+        if place.strip():
+            folder = place.strip("`") if re.fullmatch(r"`\w+/`", place) else ""
+        files = re.findall(r"`([\w.]+\.py)`", concern if folder else place)
+        named |= {folder + file for file in files}
+    folders = ("", "readers", "plumbing", "releases", "experiments")
+    there = {path.relative_to(ROOT).as_posix() for name in folders
+             for path in (ROOT / name).glob("*.py") if path.name != "__init__.py"}
+    assert named == there
+
+
+def test_what_the_reading_page_names_is_there():
+    table = (ROOT / "docs/read.md").read_text().partition("## The papers' sections")[2]
+    where = re.findall(r"^\| .* \| .* \| (.*) \|$", table.partition("\n## ")[0], re.M)
+    assert len(where) >= 30
+    folders = ("", "plumbing", "readers", "releases", "experiments")
+    texts = {path.stem: path.read_text() for name in folders for path in (ROOT / name).glob("*.py")}
+    for name in re.findall(r"`([A-Za-z_][\w.]*)[`( ]", " ".join(where)):
+        if name.endswith(".py"):
+            continue
+        *owner, last = name.split(".")
+        text = texts.get(owner[0]) if owner else None
+        if text is None:  # without a file, or of a class
+            text = "\n".join(text for text in texts.values()
+                             if not owner or f"class {owner[0]}" in text)
+        assert re.search(rf"\b(def|class) {last}\b|\b{last} = ", text), name
 
 
 @pytest.fixture
@@ -97,7 +135,7 @@ def place(world, tmp_path, monkeypatch):
         (seed / name).symlink_to(there)
     monkeypatch.chdir(tmp_path)
     shipped = str(ROOT / "miniature/encoder.pth")
-    return {"/data/nuscenes": str(world), "/data/nuimages": str(images),
+    return {"/data/nuscenes": str(world), "/data/more": str(world), "/data/nuimages": str(images),
             "miniature/encoder.pth": shipped, "dinov2_vits14": shipped, "vit_small14": "vit_small8"}
 
 
@@ -124,7 +162,16 @@ def test_commands_run(place, monkeypatch, capsys):
 
 def run(argv, replaced, monkeypatch):
     """Run one command, made small, in this process."""
-    module, *rest = [replaced.get(word, word) for word in argv]
+    module, *rest = [small_word(word, replaced) for word in argv]
     small = SMALL.get(" ".join([module, *rest[:1]]), SMALL.get(module, []))
+    if "--percent" in rest:  # of so few scenes there is no hundredth
+        at = rest.index("--percent")
+        del rest[at:at + 2]
     monkeypatch.setattr(sys, "argv", [module, *rest, *small])
-    importlib.import_module(module).main()
+    runpy.run_module(module, run_name="__main__")
+
+
+def small_word(word, replaced):
+    """A word of a command with its paths replaced; NAME=PATH,NAME=PATH keeps its NAMEs."""
+    parts = re.split(r"(=|,)", word)
+    return "".join(replaced.get(part, part) for part in parts)

@@ -9,9 +9,11 @@ import export
 import models
 import probe
 import stage2
-from data import CLOUD, plane_sizes
 from models import ENCODERS, load_image_encoder
-from waffleiron import WaffleIron, to_released
+from readers.nuscenes import SAMPLING
+from releases.scalr import to_released
+from vit import ViT
+from waffleiron import WaffleIron, plane_sizes
 
 RELEASED = [name for name, row in ENCODERS.items() if row.source != "built-in"]
 QUICK = [name for name in RELEASED if "_vits" in name or "clip" in name]
@@ -29,7 +31,8 @@ def image_size(row):
 def shrink(monkeypatch, name, depth=2):
     """The row with fewer blocks; widths, names and everything else stay."""
     row = ENCODERS[name]
-    row = row._replace(vit=row.vit | {"depth": depth}) if row.vit else row
+    if row.network is ViT:
+        row = row._replace(arguments=row.arguments | {"depth": depth})
     monkeypatch.setitem(models.ENCODERS, name, row)
     return row
 
@@ -37,11 +40,12 @@ def shrink(monkeypatch, name, depth=2):
 def stage1_checkpoint(path, dim, size, encoder=NOT_SAID):
     """What stage 1 writes, untrained, for features of `dim` channels."""
     torch.manual_seed(0)
-    cloud = CLOUD | {"fov": (48, 48, 8), "cell": 1, "neighbors": 4}
+    sampling = SAMPLING | {"fov": (48, 48, 8), "cell": 1, "neighbors": 4}
     model = WaffleIron(channels=16, depth=2, out_channels=dim, norm="batchnorm",
-                       grids=plane_sizes(cloud["fov"], cloud["cell"]))
-    content = {"kind": "point_encoder", "waffleiron": model.spec, "model": model.state_dict(),
-               "cloud": cloud, "image_size": size, "encoder": encoder, "step": 2, "total": 2}
+                       grids=plane_sizes(sampling["fov"], sampling["cell"]))
+    content = {"kind": "point_encoder", "backbone": "waffleiron", "spec": model.spec,
+               "model": model.state_dict(), "samplings": {"nuscenes": sampling},
+               "image_size": size, "encoder": encoder, "step": 2, "total": 2}
     torch.save(content, path)
     return path
 
@@ -57,8 +61,8 @@ def released_source(name, row, state, folder):
 
 def run_stage2(world, out, *more):
     """Run stage 2 for two steps; returns its checkpoint."""
-    stage2.main(["--data", str(world), "--out", str(out), "--steps", "2", "--warmup", "0", *RUN,
-                 *map(str, more)])
+    stage2.main(["--data", str(world), "--out", str(out), "--steps", "2", "--warmup-part", "0",
+                 *RUN, *map(str, more)])
     return torch.load(out / "last.pth", weights_only=True)
 
 
@@ -116,24 +120,23 @@ def test_in_stage2_out(name, world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", RELEASED)
 def test_positions_are_interpolated_as_the_release_does(name):
     """Which encoder interpolates in which of the two ways; `test_vit.py` tests the ways."""
-    vit = ENCODERS[name].vit
-    if vit is None or name.startswith("dinov3"):
-        assert vit is None or vit["grid"] is None  # no embeddings to interpolate
+    row = ENCODERS[name]
+    if row.network is not ViT or name.startswith("dinov3"):
+        # no embeddings to interpolate
+        assert row.network is not ViT or row.arguments["grid"] is None
     else:
-        assert vit.get("antialias", False) == (name.endswith("_reg") or name == "clip_vitb16")
+        antialias = row.arguments.get("antialias", False)
+        assert antialias == (name.endswith("_reg") or name == "clip_vitb16")
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_names_and_shapes_of_the_full_size(name):
     row = ENCODERS[name]
     with torch.device("meta"):
-        if row.vit:
-            backbone = models.ViT(row.patch_size, **row.vit)
-        else:
-            backbone = models._architecture(row)
+        backbone = row.network(row.patch_size, **row.arguments)
     state = backbone.state_dict()
     names = dict(row.released_name(key, value.shape) for key, value in state.items())
-    assert names == released_shapes(name, row.vit and row.vit["depth"])
+    assert names == released_shapes(name, row.arguments.get("depth"))
 
 
 def test_numbers_of_parameters():
@@ -143,7 +146,7 @@ def test_numbers_of_parameters():
                            "dinov2_vitl14": 304.4, "dinov2_vitg14": 1136.5,
                            "dinov3_vits16": 21.6, "dinov3_vitb16": 85.7,
                            "dinov3_vitl16": 303, "dinov3_vith16plus": 840}.items():
-        shapes = released_shapes(name, ENCODERS[name].vit["depth"])
+        shapes = released_shapes(name, ENCODERS[name].arguments["depth"])
         count = sum(torch.Size(shape).numel() for key, shape in shapes.items()
                     if not key.endswith(("periods", "bias_mask")))
         assert count / 1e6 == pytest.approx(millions, abs=0.05 if "dinov2" in name else 1), name

@@ -8,6 +8,7 @@ from exported import as_map, normalised, run, write_stage2
 
 import export
 from models import load_image_encoder
+from vit import ViT
 
 # ---- plain --------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ def test_timm_gives_the_same_features(monkeypatch, tmp_path, name, size, theirs,
     encoder = write_stage2(monkeypatch, tmp_path / "s2", name, size)
     run(tmp_path / "s2", tmp_path / "encoder.pth")
     state = torch.load(tmp_path / "encoder.pth")
-    small = {"depth": 2} if encoder.row.vit else {"layers": (1, 1, 1, 1)}
+    small = {"depth": 2} if encoder.row.network is ViT else {"layers": (1, 1, 1, 1)}
     options = {"num_classes": 0, **more, **small}
     if name.startswith("dino_"):  # its names are timm's
         model = timm.create_model(theirs, **options)
@@ -128,7 +129,7 @@ def test_timm_gives_the_same_features(monkeypatch, tmp_path, name, size, theirs,
     with torch.no_grad():
         found = model.eval().forward_features(normalised(encoder, x))
     expected = encoder(x)
-    if encoder.row.vit:
+    if encoder.row.network is ViT:
         found = as_map(found[:, model.num_prefix_tokens:], expected)
     assert expected.std() > 0.1
     assert (found - expected).abs().max() < 1e-4

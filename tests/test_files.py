@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import open_one
 from test_jpeg import SIZE, hole, jpeg, refusal
 
-from data import CLOUD, Frames
+from data import Frames
 from experiments import bench
 from plumbing.weights import read as read_weights
 from readers import files
 from readers.files import read_image, read_labels, read_scan
-from readers.nuscenes import load_index
+from waffleiron import prepare
 
 # ---- scans and labels --------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ def test_safetensors_are_named(tmp_path):
 # ---- what it costs -----------------------------------------------------------------------------
 
 def test_the_bench_says_what_the_checks_cost(world, monkeypatch):
-    frames = Frames(load_index(world, here=True), [0], "all", (40, 80), CLOUD)
+    frames = Frames([open_one(world).only(np.array([0]))], "all", (40, 80), prepare)
     monkeypatch.setattr(bench, "seconds", lambda run, device: (run(), 1.5)[1])
     line = bench.check_cost(frames, 3)
     assert line.endswith("image of a data item: 3000.00 of 1500.0 ms, 200.0%.")

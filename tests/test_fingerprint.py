@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from runs import (RUN, SMALL, eval_args, fails_with_one_line, model_of, probe_args, stage1_args,
-                  stage2_args)
+from runs import (RUN, SMALL, eval_args, fails_with_one_line, model_of, open_one, probe_args,
+                  stage1_args, stage2_args)
 
 import eval as evaluation
 import export
@@ -22,7 +21,6 @@ import stage2
 from models import load_image_encoder
 from plumbing.errors import InputError
 from plumbing.fingerprint import differences, digest, of_weights
-from readers.nuscenes import load_index
 
 CPU = torch.device("cpu")
 ONE_STEP = ("--steps", "1")
@@ -90,8 +88,8 @@ def other_data(world, folder):
 
 
 def indexed(root):
-    """A dataset's root, its index made here: sooner than by a process of its own."""
-    load_index(root, here=True)
+    """A dataset's root, its table in the cache: sooner than by a process of its own."""
+    open_one(root)
     return root
 
 
@@ -119,28 +117,27 @@ def test_differences_name_both_and_only_what_both_have():
 
 
 def test_frames_are_known_by_what_the_tables_say_of_them(world, tmp_path):
-    index = load_index(world, here=True)
-    rows = index.select("train")
-    known = index.fingerprint(rows)
-    copied = load_index(shutil.copytree(world, tmp_path / "copied"), here=True)
-    other = load_index(other_data(world, tmp_path / "other"), here=True)
+    table = open_one(world).select("train")
+    known = table.fingerprint()
+    copied = open_one(shutil.copytree(world, tmp_path / "copied")).select("train")
+    other = open_one(other_data(world, tmp_path / "other")).select("train")
     assert known["frames"] == 8
-    assert copied.fingerprint(rows) == known != other.fingerprint(rows)
-    assert index.fingerprint(rows[:-1]) != known
-    assert index.fingerprint(rows, labels=True) != known
+    assert copied.fingerprint() == known != other.fingerprint()
+    assert table.only(table.rows[:-1]).fingerprint() != known
+    assert table.fingerprint(labels=True) != known
     # The order of the frames counts, since an epoch draws from it
-    assert index.fingerprint(rows[::-1])["tables"] != known["tables"]
+    assert table.only(table.rows[::-1]).fingerprint()["tables"] != known["tables"]
 
     # Files may change under the same tables
-    assert copied.files(rows, labels=True) == index.files(rows, labels=True)
-    labels = tmp_path / "copied" / copied.lidarseg[rows[3]].decode()
+    assert copied.files(labels=True) == table.files(labels=True)
+    labels = tmp_path / "copied" / copied["labels"][copied.rows[3]].decode()
     labels.write_bytes(bytes(reversed(labels.read_bytes())))
-    assert copied.files(rows) == index.files(rows)
-    assert copied.files(rows, labels=True) != index.files(rows, labels=True)
+    assert copied.files() == table.files()
+    assert copied.files(labels=True) != table.files(labels=True)
     labels.unlink()
     with pytest.raises(InputError, match="1 of 8 files that the tables name are missing, "
                                          f"the first is .*{labels.name}"):
-        copied.files(rows, labels=True)
+        copied.files(labels=True)
 
 
 # ---- resuming -----------------------------------------------------------------------------------
@@ -186,12 +183,12 @@ def test_a_run_does_not_go_on_at_another_image_size(world, tmp_path, capsys):
     stage1.main([*by_name, "--image-size", "80", "160", "--restart"])
 
 
-def test_a_run_does_not_go_on_with_another_cloud(world, moved, capsys):
+def test_a_run_does_not_go_on_with_another_sampling(world, moved, capsys):
     """It comes from stage 1's checkpoint, whose weights do not tell it."""
-    change(moved / "s1", lambda content: content["cloud"].update(voxel=0.3))
+    change(moved / "s1", lambda content: content["samplings"]["nuscenes"].update(voxel=0.3))
     argv = stage2_args(world, moved / "s1", moved / "s2", *ONE_STEP)
     said = fails_with_one_line(capsys, stage2.main, argv)
-    assert "made from other input" in said and "voxel 0.1" in said and "voxel 0.3" in said
+    assert "made from other input" in said and "'voxel': 0.1" in said and "'voxel': 0.3" in said
 
 
 def test_runs_from_before_fingerprints_are_taken_with_a_line(world, moved, capsys):
@@ -348,15 +345,15 @@ def test_a_result_of_other_data_has_a_file_of_its_own(world, moved, tmp_path, ca
 def test_mended_labels_and_a_cut_result_are_evaluated_anew(world, moved, tmp_path, capsys):
     p = moved / "p"
     data = indexed(shutil.copytree(world, tmp_path / "data"))
-    change(p, lambda content: content.update(data=str(data)))
+    change(p, lambda content: content.update(data=[["nuscenes", str(data)]]))
     [first] = evaluate(p)
     (p / "results.json").write_text(stored(p)[:40])
     assert evaluate(p)[0]["IoU"] == first["IoU"]
 
     # The night loses its labels
-    index = load_index(data)
-    for row in np.flatnonzero((index.split == b"val") & (index.condition == 2)):
-        labels = data / index.lidarseg[row].decode()
+    table = open_one(data)
+    for row in table.select("val", ["night"]).rows:
+        labels = data / table["labels"][row].decode()
         labels.write_bytes(bytes(labels.stat().st_size))
     capsys.readouterr()
     [second] = evaluate(p)

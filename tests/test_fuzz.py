@@ -7,11 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from runs import open_one
 
-import data
 from plumbing.errors import InputError
 from plumbing.weights import read
-from readers import nuscenes
+from readers.files import read_image, read_labels, read_scan
+from readers.table import UNKNOWN
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -47,7 +48,7 @@ def test_no_column_of_a_scan_may_hold_what_is_no_number(tmp_path, column):
     points = np.arange(50, dtype=np.float32).reshape(10, 5)
     points[3, column] = np.nan
     points.tofile(tmp_path / "scan.bin")
-    assert outcome(lambda: data.read_scan(tmp_path / "scan.bin"), tmp_path / "scan.bin") is None
+    assert outcome(lambda: read_scan(tmp_path / "scan.bin"), tmp_path / "scan.bin") is None
 
 
 def is_good_scan(points):
@@ -67,7 +68,7 @@ def is_good_scan(points):
 def test_any_scan(tmp_path, content):
     path = tmp_path / "scan.bin"
     path.write_bytes(content)
-    scan = outcome(lambda: data.read_scan(path), path)
+    scan = outcome(lambda: read_scan(path), path)
     whole = len(content) > 0 and len(content) % 20 == 0
     points = np.frombuffer(content if whole else bytes(20), np.float32).reshape(-1, 5)
     good = whole and is_good_scan(points)
@@ -80,10 +81,10 @@ def test_any_scan(tmp_path, content):
 @given(content=st.binary(max_size=40), count=st.integers(0, 40))
 def test_any_labels(tmp_path, content, count):
     path = tmp_path / "labels.bin"
-    coarse = np.full(256, nuscenes.UNKNOWN, np.uint8)
+    coarse = np.full(256, UNKNOWN, np.uint8)
     coarse[:32] = np.arange(32) % 17
     path.write_bytes(content)
-    classes = outcome(lambda: data.read_labels(path, coarse, count), path)
+    classes = outcome(lambda: read_labels(path, coarse, count), path)
     good = len(content) == count and all(fine < 32 for fine in content)
     assert (classes is not None) == good
     if good:
@@ -105,8 +106,8 @@ def test_any_image(tmp_path, ending):
     def check(content):
         path = tmp_path / f"image.{ending}"
         path.write_bytes(content)
-        image = outcome(lambda: data.read_image(path, (12, 24), (24, 48)), path)
-        assert image is None or image.shape == (3, 12, 24) and image.dtype == np.uint8
+        image = outcome(lambda: read_image(path, (12, 24), (24, 48)), path)
+        assert image is None or image.shape == (3, 12, 24) and image.dtype == torch.uint8
     check()
 
 
@@ -151,8 +152,8 @@ def test_any_table(copy, table):
     @given(content=bytes_or_damaged(valid))
     def check(content):
         path.write_bytes(content)
-        found = outcome(lambda: nuscenes.load_index(copy, here=True), copy)
-        assert found is None or len(found.scene) == len(found.lidar)
+        found = outcome(lambda: open_one(copy), copy)
+        assert found is None or len(found["scene"]) == len(found["scan"])
     check()
 
 
@@ -165,7 +166,7 @@ JSON = st.one_of(st.none(), st.integers(-2**40, 2**40), st.floats(), st.text(max
 def test_any_value_in_a_table(copy, table):
     path = copy / "v1.0-trainval" / f"{table}.json"
     valid = path.read_bytes()
-    intact = nuscenes.load_index(copy, here=True)
+    intact = open_one(copy)
     rows = json.loads(valid)
     fields = sorted(rows[0])
 
@@ -175,22 +176,22 @@ def test_any_value_in_a_table(copy, table):
         changed = json.loads(valid)
         changed[row][field] = value
         path.write_text(json.dumps(changed))
-        found = outcome(lambda: nuscenes.load_index(copy, here=True), copy)
+        found = outcome(lambda: open_one(copy), copy)
         # It is as it was but for the frames that are bad, or that the value is about.
         if found is not None:
-            poses = found.cam_from_lidar
-            assert poses.shape[1:] == intact.cam_from_lidar.shape[1:]
-            assert found.image_size.dtype.kind == "i"
-            assert (np.isfinite(poses).all((1, 2, 3)) | (found.bad != b"")).all()
+            poses = found["cam_from_lidar"]
+            assert poses.shape[1:] == intact["cam_from_lidar"].shape[1:]
+            assert found["image_size"].dtype.kind == "i"
+            assert (np.isfinite(poses).all((1, 2, 3)) | (found["bad"] != b"")).all()
     check()
 
 
 def test_a_damaged_cache_is_made_anew(world, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    scenes = nuscenes.load_index(world, here=True).scene.tolist()
+    scenes = open_one(world)["scene"].tolist()
     for harm in (lambda file: file.write_bytes(b""), lambda file: file.unlink(),
                  lambda file: file.write_bytes(file.read_bytes()[:40])):
         harm(next((tmp_path / "cache").rglob("scene.npy")))
-        assert nuscenes.load_index(world, here=True).scene.tolist() == scenes
+        assert open_one(world)["scene"].tolist() == scenes
     caches = list((tmp_path / "cache/collaborative-distillation").iterdir())
     assert len(caches) == 1  # and no rest of it stays

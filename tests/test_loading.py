@@ -261,7 +261,7 @@ def test_as_many_files_as_the_system_allows_may_be_open(tmp_path):
     (MemoryError(), "MemoryError. The memory is used up"),
     (RuntimeError("can't start new thread"), "`ulimit -u`"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-     "CUDA out of memory. Add --checkpoint"),
+     "CUDA out of memory. Add --recompute"),
     (RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:39599."),
      "Connection closed by peer. Another process of this run ended first"),
     (KeyError("bug"), None),

@@ -57,7 +57,7 @@ def test_the_rates_follow_the_stages_schedules(world, head1, tmp_path, monkeypat
         assert rates(ablations.main, argv) == theirs
 
     # that of stage 2 is a part of the run
-    more += ["--warmup", "0.4"]
+    more += ["--warmup-part", "0.4"]
     first = tmp_path / "2d-head-1"
     theirs = rates(stage2.main, stage2_args(world, first, tmp_path / "s2", *more))
     assert theirs[3] < theirs[4]

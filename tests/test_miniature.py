@@ -1,6 +1,7 @@
 """The stand-in encoder's pre-training and the overview picture."""
 from pathlib import Path
 
+import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
@@ -88,12 +89,12 @@ def test_pca_colours_are_joint():
 
 def test_overview_has_a_row_per_condition_and_six_panels(world, tmp_path, monkeypatch):
     drawn = []
-    subplots = overview.plt.subplots
+    subplots = matplotlib.pyplot.subplots
 
     def recorded(*args, **more):
         drawn.append(args)
         return subplots(*args, **more)
-    monkeypatch.setattr(overview.plt, "subplots", recorded)
+    monkeypatch.setattr(matplotlib.pyplot, "subplots", recorded)
     folder, out = str(tmp_path / "p"), str(tmp_path / "overview.png")
     probe.main(["--data", str(world), "--task", "seg", "--encoder", str(SHIPPED), "--out", folder,
                 "--steps", "2", "--workers", "0", "--device", "cpu"])

@@ -9,6 +9,7 @@ from conftest import ROOT
 from runs import eval_args, probe_args, stage1_args, stage2_args
 
 import eval as evaluation
+import models
 import probe
 import stage1
 import stage2
@@ -38,8 +39,7 @@ def test_models_py_prints_the_table():
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert set(ENCODERS) <= set(lines)
     clip = lines["clip_vitb16"].split()
-    assert clip == ["clip_vitb16", "openai/CLIP", "16", "768", "patch", "tokens,", "norm", "CLIP",
-                    "MIT"]
+    assert clip == ["clip_vitb16", "openai/CLIP", "16", "768", "ViT", "norm", "CLIP", "MIT"]
     assert "CC-BY-NC-4.0" in lines["depth_anything_v2_vitb"]
     assert "0.48145466" in lines["CLIP:"]
 
@@ -100,13 +100,17 @@ def test_random_weights_are_always_the_same_and_leave_the_generator_alone():
 def test_resnet50_map_is_the_last_stage_at_stride_32():
     encoder = load_image_encoder("dino_resnet50", weights="random").eval()
     images = torch.rand(1, 3, 64, 96)
+
+    # torchvision's own network, with the same weights under the same names
+    theirs = pytest.importorskip("torchvision.models").resnet50().eval()
+    without = theirs.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    assert without == (["fc.weight", "fc.bias"], [])
     kept = []
-    encoder.backbone.layer4.register_forward_hook(lambda module, args, output: kept.append(output))
-    encoder.backbone((images - encoder.mean) / encoder.std)  # torchvision's own forward
+    theirs.layer4.register_forward_hook(lambda module, args, output: kept.append(output))
+    theirs((images - encoder.mean) / encoder.std)
     assert torch.equal(encoder(images), kept[0])
     assert kept[0].shape == (1, 2048, 2, 3)
-    message = "--feature keys: dino_resnet50 has one feature, its last stage; leave it out"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="--feature keys: dino_resnet50 has layer4"):
         load_image_encoder("dino_resnet50", weights="random", feature="keys")
     with pytest.raises(InputError, match="--image-size 80 160.*64 and 96"):
         encoder.check_size((80, 160))
@@ -160,7 +164,7 @@ def test_the_scripts_loops_do_without_the_checks(world, first, tmp_path, monkeyp
     """Each script's encoder is one that checks nothing; its images are made from bytes."""
     def check_images(*_):
         pytest.fail("a pass over the images")
-    monkeypatch.setattr(ImageEncoder, "check_images", check_images)
+    monkeypatch.setattr(models, "check_images", check_images)
     stage1.main(stage1_args(world, tmp_path / "s1", "--steps", "1"))
     stage2.main(stage2_args(world, first, tmp_path / "s2", "--steps", "1"))
     probe.main(probe_args(world, "seg", tmp_path / "s2", tmp_path / "p", "--steps", "1"))

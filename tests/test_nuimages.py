@@ -1,6 +1,8 @@
 """nuImages: masks against polygons drawn by hand and against the devkit, and the probe on them."""
 import base64
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as run_lengths
+from runs import open_one
 
 import eval as evaluation
+import finetune
 import probe
+from data import Frames, select
 from plumbing.errors import InputError
 from readers import nuimages
-from readers.nuimages import CLASSES, LabelledImages, load_nuimages
+from readers.nuimages import CLASSES
+from readers.table import FrameTable, main
+from results import results_table
 
 SIZE = (90, 160)
 CAR = CLASSES.index("car")
@@ -61,6 +68,16 @@ def write(root, split, samples):
         (root / f"v1.0-{split}" / f"{table}.json").write_text(json.dumps(rows))
 
 
+def opened(root, **options):
+    """The `FrameTable` of a nuImages root."""
+    return open_one(root, name="nuimages", **options)
+
+
+def item_of(table, row, size=(30, 40)):
+    """The labelled image of a row."""
+    return Frames([table.only(np.array([row]))], image_size=size, target="labels")[0, 0]
+
+
 @pytest.fixture
 def drawn(tmp_path):
     """Two training pictures and one for validation. "b" shows a road, the own car on it, a car, and
@@ -75,9 +92,9 @@ def drawn(tmp_path):
 
 
 def test_masks_are_the_polygons(drawn):
-    found = load_nuimages(drawn, here=True)
-    assert found.image.tolist() == [b"samples/CAM_FRONT/a.jpg", b"samples/CAM_FRONT/b.jpg",
-                                    b"samples/CAM_FRONT/c.jpg"]
+    found = opened(drawn)
+    assert found["image"][:, 0].tolist() == [
+        b"samples/CAM_FRONT/a.jpg", b"samples/CAM_FRONT/b.jpg", b"samples/CAM_FRONT/c.jpg"]
     labels = found.labels(1)
     expected = np.zeros(SIZE, int)
     y, x = np.mgrid[:SIZE[0], :SIZE[1]] + 0.5  # the pixels' centres
@@ -93,35 +110,43 @@ def test_masks_are_the_polygons(drawn):
 
 
 def test_labels_stay_with_their_pixels_when_the_image_shrinks(drawn):
-    found = load_nuimages(drawn, here=True)
-    item = LabelledImages(found, [2], "all", (30, 40))[0, 0]
+    found = opened(drawn)
+    item = item_of(found, 2)
     assert item["image"].shape == (3, 30, 40)
     upper_half = [list(pixel) for pixel in np.ndindex(15, 40)]
     assert item["pixels"].tolist() == upper_half
     assert (item["labels"] == PERSON).all()
-    assert len(LabelledImages(found, [0], "all", (30, 40))[0, 0]["labels"]) == 0
+    assert item["condition"] == -1  # nuImages states none
+    assert len(item_of(found, 0)["labels"]) == 0
 
 
 def test_percent_and_limit(drawn):
-    found = load_nuimages(drawn, here=True)
-    assert found.select("train").tolist() == [0, 1]
-    assert found.select("val").tolist() == [2]
-    assert found.select("train", limit=1).tolist() == [0]
-    found.split = np.array([b"train"] * 250 + [b"val"] * 50)
-    assert found.select("train", percent=1).tolist() == [0, 100, 200]
-    assert found.select("val", percent=10).tolist() == [250, 260, 270, 280, 290]
-    assert "250 images of train, 50 images of val" in found.summary()
-    with pytest.raises(InputError, match="no image of split 'test'"):
+    found = opened(drawn)
+    assert found.select("train").rows.tolist() == [0, 1]
+    assert found.select("val").rows.tolist() == [2]
+    assert select([found], "train", limit=1)[0].rows.tolist() == [0]
+    with pytest.raises(InputError, match="no frame of split 'test'; `python -m readers.nuimages"):
         found.select("test")
+    images = np.full((300, 1), b"a.jpg")
+    columns = {"split": np.array([b"train"] * 250 + [b"val"] * 50), "image": images}
+    found = FrameTable(nuimages, "root", columns)
+    assert found.select("train", percent=1).rows.tolist() == [0, 100, 200]
+    assert found.select("val", percent=10).rows.tolist() == [250, 260, 270, 280, 290]
+    assert found.select("train", ["night"]).rows.tolist() == [*range(250)]  # it states none
+    printed = found.summary().splitlines()
+    assert printed[-2:] == ["  train  full            -     250     250",
+                            "  val    full            -      50      50"]
 
 
 def test_images_and_masks_are_known_by_what_they_are(drawn, tmp_path):
-    found = load_nuimages(drawn, here=True)
-    before = found.fingerprint([0, 1])
-    files = found.files([0, 1])
-    assert before["images"] == 2
-    assert before == load_nuimages(drawn, here=True).fingerprint([0, 1])
-    assert before != found.fingerprint([1, 0])
+    def of(table, *rows):
+        return table.only(np.array(rows)).fingerprint()
+    found = opened(drawn)
+    before = of(found, 0, 1)
+    files = found.select("train").files()
+    assert before["frames"] == 2 and "scenes" not in before
+    assert before == of(opened(drawn), 0, 1)
+    assert before != of(found, 1, 0)
 
     # Another mask, and another name of the folder
     table = drawn / "v1.0-train/object_ann.json"
@@ -131,15 +156,39 @@ def test_images_and_masks_are_known_by_what_they_are(drawn, tmp_path):
     (drawn / "samples/CAM_FRONT").rename(drawn / "samples/カメラ")
     for path in drawn.glob("v1.0-*/sample_data.json"):
         path.write_text(path.read_text().replace("CAM_FRONT", "カメラ"), "utf-8")
-    mended = load_nuimages(drawn, here=True)
-    assert mended.fingerprint([0]) != found.fingerprint([0])
-    assert mended.fingerprint([0, 1]) != before
-    assert mended.files([0, 1]) == files
-    assert LabelledImages(mended, [0], "all", (30, 40))[0, 0]["image"].shape == (3, 30, 40)
+    mended = opened(drawn)
+    assert of(mended, 0) != of(found, 0)
+    assert of(mended, 0, 1) != before
+    assert mended.select("train").files() == files
+    assert item_of(mended, 0)["image"].shape == (3, 30, 40)
     (drawn / "samples/カメラ/a.jpg").unlink()
     with pytest.raises(InputError, match="the first is samples/カメラ/a.jpg"):
-        load_nuimages(drawn, here=True)
-    assert len(load_nuimages(drawn, here=True, look=False).image) == 3
+        opened(drawn)
+    assert len(opened(drawn, look=False)["image"]) == 3
+
+
+def test_one_version_may_stand_alone(drawn):
+    found = opened(drawn, version="v1.0-train")
+    assert found["split"].tolist() == [b"train", b"train"]
+    assert found.select("train").fingerprint() == opened(drawn).select("train").fingerprint()
+    with pytest.raises(InputError, match="no frame of split 'val'"):
+        found.select("val")
+    with pytest.raises(InputError, match="not a nuImages root: no v1.0-mini with an object_ann.js"):
+        opened(drawn, version="v1.0-mini")
+    shutil.rmtree(drawn / "v1.0-val")
+    assert opened(drawn)["image"].tolist() == found["image"].tolist()
+
+
+def test_counts_and_empty_images_are_printed(drawn, capsys):
+    (drawn / "samples/CAM_FRONT/c.jpg").write_bytes(b"")
+    main("nuimages", ["--data", str(drawn)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{drawn}: 3 frames, 1 cameras", "  split  condition  scenes  frames  images",
+        "  train  full            -       2       2", "  val    full            -       1       1",
+        "bad: samples/CAM_FRONT/c.jpg is empty; extract it again"]
+    with pytest.raises(InputError, match="1 of 1 frames are bad, the first: .*c.jpg is empty"):
+        opened(drawn).select("val")
+    assert len(opened(drawn).select("train")) == 2
 
 
 def test_classes_are_the_ten_of_detection_and_the_road():
@@ -149,27 +198,27 @@ def test_classes_are_the_ten_of_detection_and_the_road():
 
 def test_wrong_roots_are_named(tmp_path, drawn):
     with pytest.raises(InputError, match="not a nuImages root: .*world.py --dataset nuimages"):
-        load_nuimages(tmp_path / "samples")
-    with pytest.raises(InputError, match="--cameras CAM_FRONT: nuImages has one image a sample"):
-        LabelledImages(None, [0], "CAM_FRONT", SIZE)
+        opened(tmp_path / "samples")
+    with pytest.raises(InputError, match="--cameras CAM_FRONT: choose one of random, all$"):
+        Frames([opened(drawn)], "CAM_FRONT", SIZE, target="labels")
     (drawn / "samples/CAM_FRONT/c.jpg").unlink()
     message = "1 of 3 files .* missing, the first is samples/CAM_FRONT/c.jpg"
     with pytest.raises(InputError, match=message):
-        load_nuimages(drawn, here=True)
+        opened(drawn)
     table = drawn / "v1.0-val/object_ann.json"
     rows = json.loads(table.read_text())
     rows[0]["mask"]["size"] = [1, 1]
     table.write_text(json.dumps(rows))
     with pytest.raises(InputError, match=r"v1.0-val: a mask of size \[1, 1\]"):
-        load_nuimages(drawn, here=True)
+        opened(drawn)
     table.write_text("[")
     with pytest.raises(InputError, match="cannot read v1.0-val"):
-        load_nuimages(drawn, here=True)
+        opened(drawn)
     for folder in drawn.glob("v1.0-*"):
         for name in ("sample", "sample_data", "object_ann", "surface_ann"):
             (folder / f"{name}.json").write_text("[]")
     with pytest.raises(InputError, match="its tables have no sample; extract them again"):
-        load_nuimages(drawn, here=True)
+        opened(drawn)
 
 
 # ---- the miniature -----------------------------------------------------------------------------
@@ -187,14 +236,14 @@ def miniature(tmp_path_factory):
 def test_the_devkit_draws_the_same_masks(miniature):
     from nuimages import NuImages
     from nuimages.utils.utils import name_to_index_mapping
-    found = load_nuimages(miniature)
+    found = opened(miniature)
     assert len(found.select("train")) == 20 and len(found.select("val")) == 12
     devkit = NuImages("v1.0-val", str(miniature), verbose=False)
     names = {number: name for name, number in name_to_index_mapping(devkit.category).items()}
     tokens = {record["filename"]: record["token"] for record in devkit.sample_data}
     seen = set()
-    for row in found.select("val"):
-        semantic, _ = devkit.get_segmentation(tokens[found.image[row].decode()])
+    for row in found.select("val").rows:
+        semantic, _ = devkit.get_segmentation(tokens[found["image"][row, 0].decode()])
         labels = found.labels(row)
         for number in np.unique(semantic[semantic > 0]):
             (kind,) = np.unique(labels[semantic == number])
@@ -209,42 +258,43 @@ def test_miniature_masks_are_what_the_renderer_hit(miniature):
     from miniature.street import CATEGORIES
     from miniature.world import list_jobs
     options = json.loads((miniature / "world.json").read_text())
-    found = load_nuimages(miniature)
+    found = opened(miniature)
     _, _, split, number, condition, name = list_jobs(miniature, options)[-1]
     plan = plan_scene(options, split, number, condition)
     kinds = picture(options, plan, 0, "CAM_FRONT_LEFT")[1]
     time = str(plan["frames"][0]["CAM_FRONT_LEFT"]["time"])
-    (row,) = [row for row in found.select("val") if time in found.image[row].decode()]
+    (row,) = [row for row in found.select("val").rows if time in found["image"][row, 0].decode()]
     labels = found.labels(row)
     assert (labels == CAR).any()
     assert ((labels == CAR) == (kinds == CATEGORIES.index("vehicle.car"))).all()
     assert ((labels == ROAD) == (kinds == CATEGORIES.index("flat.driveable_surface"))).all()
 
 
-@pytest.mark.parametrize("extra", [[], ["--percent", "10", "--finetune", "--lr", "1e-4"]])
-def test_probe_and_table(miniature, tmp_path, extra, capsys):
+@pytest.mark.parametrize("script, extra", [
+    (probe, []), (finetune, ["--percent", "10", "--lr", "1e-4"])])
+def test_probe_and_table(miniature, tmp_path, script, extra, capsys):
     out = tmp_path / "probe"
-    probe.main(["--data", str(miniature), "--task", "nuimages", "--encoder",
-                "miniature/encoder.pth", "--batch", "2", "--epochs", "2", "--workers", "0",
-                "--out", str(out), "--device", "cpu", *extra])
+    script.main(["--data", f"nuimages={miniature}", "--task", "seg", "--encoder",
+                 "miniature/encoder.pth", "--batch", "2", "--epochs", "2", "--workers", "0",
+                 "--out", str(out), "--device", "cpu", *extra])
     printed = capsys.readouterr().out
-    assert "20 images of train" in printed
+    assert re.search(r"train +full +- +20 +20\n", printed)
     assert ("10 % of the training set: 2 images" in printed) == bool(extra)
     result = evaluation.evaluate(out, torch.device("cpu"), workers=0)
     assert result["images"] == 12
     assert set(result["mIoU"]) == {"full"} and 0 < result["mIoU"]["full"] < 100
     assert set(result["IoU"]["full"]) <= set(CLASSES[1:])
     assert "driveable_surface" in result["IoU"]["full"]
-    assert "| – | – | – |" in evaluation.table([result])
+    number = result["mIoU"]["full"]
+    assert results_table([result]).endswith(f"| {out} | seg on nuimages | {number:.1f} |")
 
 
 def test_the_miniature_is_not_taken_for_nuscenes_nor_the_other_way(miniature, world, tmp_path):
-    from readers.nuscenes import load_index
     message = "no --version v1.0-trainval; there is v1.0-train, v1.0-val"
     with pytest.raises(InputError, match=message):
-        load_index(miniature)
+        open_one(miniature)
     with pytest.raises(InputError, match="not a nuImages root: .*there is v1.0-trainval"):
-        load_nuimages(world)
+        opened(world)
     from miniature.world import make_world
     with pytest.raises(InputError, match="dataset nuimages there, None now"):
         make_world(miniature, seed=3, train=(6, 2, 2), val=2, frames=1, cameras=2, workers=1)
@@ -253,8 +303,8 @@ def test_the_miniature_is_not_taken_for_nuscenes_nor_the_other_way(miniature, wo
 @pytest.mark.slow
 def test_the_index_is_built_by_another_process(miniature, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(nuimages, "_read_tables", None)  # not here
-    assert len(load_nuimages(miniature).image) == 32
+    monkeypatch.setattr(nuimages, "_read_version", None)  # not here
+    assert len(opened(miniature, here=False)["image"]) == 32
 
 
 # ---- damaged masks -----------------------------------------------------------------------------
@@ -276,13 +326,13 @@ def test_runs_cover_what_they_cover():
 @given(place=st.integers(0, 10**6), content=st.binary(max_size=4))
 def test_any_mask(drawn, place, content):
     """A mask is drawn only if all its runs are there: then pycocotools gives zeros and ones."""
-    found = load_nuimages(drawn, here=True)
-    start = found.start.copy()
+    found = opened(drawn)
+    start = found["start"].copy()
     place %= int(start[1])  # in the first mask
-    runs = found.runs.tobytes()
+    runs = found["runs"].tobytes()
     runs = runs[:place] + content + runs[place + 1:]
-    found.runs = np.frombuffer(runs, np.uint8)
-    found.start = np.append(0, start[1:] + len(content) - 1)
+    found.columns["runs"] = np.frombuffer(runs, np.uint8)
+    found.columns["start"] = np.append(0, start[1:] + len(content) - 1)
     try:
         labels = found.labels(1)
     except InputError as error:

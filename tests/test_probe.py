@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from probe import lovasz_softmax, probe_loss
+from metrics import lovasz_softmax
+from probe import TASKS
 
 
 def jaccard_loss(wrong, truth):
@@ -57,7 +58,7 @@ def test_lovasz_of_hard_predictions_is_one_minus_iou():
 
 def test_no_labelled_points():
     outputs = torch.zeros(5, 16, requires_grad=True)
-    loss, count = probe_loss("seg", outputs, {"labels": torch.zeros(5, dtype=torch.long)})
+    loss, count = TASKS["seg"].loss(outputs, {"labels": torch.zeros(5, dtype=torch.long)})
     loss.backward()
     assert loss.item() == 0
     assert count == 0
@@ -68,14 +69,14 @@ def test_ignored_points_do_not_matter():
     torch.manual_seed(0)
     outputs, labels = torch.randn(30, 16), torch.randint(0, 17, (30,))
     labelled = labels > 0
-    loss, count = probe_loss("seg", outputs, {"labels": labels})
-    alone, _ = probe_loss("seg", outputs[labelled], {"labels": labels[labelled]})
+    loss, count = TASKS["seg"].loss(outputs, {"labels": labels})
+    alone, _ = TASKS["seg"].loss(outputs[labelled], {"labels": labels[labelled]})
     assert loss.item() == pytest.approx(alone.item())
     assert count == labelled.sum()
 
 
 def test_depth_loss_is_the_mean_squared_error():
     outputs, depths = torch.tensor([[3.0], [5.0]]), torch.tensor([1.0, 2.0])
-    loss, count = probe_loss("depth", outputs, {"depths": depths})
+    loss, count = TASKS["depth"].loss(outputs, {"depths": depths})
     assert loss.item() == pytest.approx((4 + 9) / 2)
     assert count == 2

@@ -5,30 +5,30 @@ import socket
 import pytest
 import torch
 
-import data
 from data import Frames, collate
 from distill import distillation_loss
 from plumbing import training
-from readers.nuscenes import load_index
-from waffleiron import WaffleIron
+from readers.table import open_tables
+from waffleiron import WaffleIron, plane_sizes, prepare
 
 
 def gradients(world, items, distributed):
     """Gradients of stage 1's loss of this process's items, averaged over the processes."""
-    index = load_index(world)
-    cloud = data.CLOUD | {"fov": (48, 48, 8), "cell": 1, "neighbors": 4}
-    frames = Frames(index, index.select("train"), image_size=(80, 160), training=True, cloud=cloud)
+    (table,) = open_tables(str(world))
+    table.sampling = table.sampling | {"fov": (48, 48, 8), "cell": 1, "neighbors": 4}
+    frames = Frames([table.select("train")], "all", (80, 160), prepare, points="random")
     batch = collate([frames[0, number] for number in items])
 
     torch.manual_seed(0)
-    grids = data.plane_sizes((48, 48, 8), 1)
+    grids = plane_sizes((48, 48, 8), 1)
     model = WaffleIron(channels=16, depth=3, out_channels=8, norm="batchnorm", grids=grids).double()
     if distributed:
         model = training.distribute(model, torch.device("cpu"))
 
     # any target that tells the points apart
     targets = torch.sin(batch["depths"].double()[:, None] * torch.arange(1, 9))  # [N, 8]
-    outputs = model(batch["feats"].double(), batch["cells"], batch["neighbors"], batch["batch"])
+    batch["inputs"]["points"] = batch["inputs"]["points"].double()
+    outputs = model(batch)
     loss = distillation_loss(targets, outputs, "2d_to_3d")
     loss = loss * training.share(len(targets), torch.device("cpu"))
     loss.backward()

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import finetune
 import probe
 import stage1
 import stage2
-from experiments import reproduce
-from experiments.reproduce import CLAIMS, COMMANDS, TASKS, Claim, Number, World
+from experiments import corruptions, reproduce
+from experiments.reproduce import CLAIMS, COMMANDS, TASKS, WORLDS, Claim, Number, World
 from plumbing.errors import InputError
 
 COLUMNS = ("full", "day-clear", "day-rain", "night")
@@ -88,15 +89,18 @@ def check_command(command, made):
     text = " ".join(command)
     for flag in ("--stage1", "--data"):
         if flag in command:
-            assert after(flag, command) in made, text
+            assert after(flag, command).removeprefix("nuimages=") in made, text
     if "experiments.ablations" in command:
         known = {"no-stage1", "2d-head", "joint", "stage1-all-conditions"}
         assert after("experiments.ablations", command) in known
-    parsers = {"stage1.py": stage1.parse, "stage2.py": stage2.parse, "probe.py": probe.parse}
+    if "experiments.corruptions" in command:
+        assert str(corruptions.parse(command[2:]).out) == out_of(command)
+    parsers = {"stage1.py": stage1.parse, "stage2.py": stage2.parse, "probe.py": probe.parse,
+               "finetune.py": finetune.parse}
     if command[0] in parsers:
         args = parsers[command[0]](command[1:])
         assert args.seed == 5 and args.out == out_of(command)
-        if command[0] == "probe.py" and args.encoder != reproduce.ENCODER:
+        if command[0] in ("probe.py", "finetune.py") and args.encoder != reproduce.ENCODER:
             assert args.encoder in made
 
 
@@ -176,7 +180,7 @@ def test_every_run_and_task_of_a_claim_exists_and_every_run_has_a_claim():
     runs = {number.run for number in numbers}
     assert runs <= {"base", *COMMANDS}
     # what others begin with
-    assert set(COMMANDS) - runs == {"world", "images", "labels", "2d-head-1"}
+    assert set(COMMANDS) - runs == {*WORLDS, "labels", "2d-head-1"}
     assert {number.task for number in numbers} == set(TASKS)
     for claim in CLAIMS.values():
         assert claim.metric == ("RMSE" if "depth" in claim.name else "mIoU")

@@ -10,6 +10,7 @@ from runs import (RUN, SPAWN, checkpoint_of, eval_args, fails_with_one_line, lar
                   lines, model_of, probe_args, stage1_args, stage2_args)
 
 import eval as evaluation
+import finetune
 import probe
 import stage1
 import stage2
@@ -19,9 +20,11 @@ from miniature.world import make_world
 from models import load_image_encoder
 from plumbing import run_folder
 from readers.files import read_labels, read_scan
-from readers.nuscenes import load_index
+from readers.nuscenes import CONDITIONS, SAMPLING
+from readers.table import open_tables
 
 CPU = torch.device("cpu")
+COLUMNS = ["full", *CONDITIONS]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +39,14 @@ def second(world, first, tmp_path_factory):
 
 def test_stage1_writes_what_stage2_needs(first):
     checkpoint = checkpoint_of(first)
-    spec = checkpoint["waffleiron"]
+    spec = checkpoint["spec"]
     assert checkpoint["kind"] == "point_encoder" and checkpoint["step"] == 2
+    assert checkpoint["backbone"] == "waffleiron" and checkpoint["layout"] == 2
     assert spec["channels"] == 16 and spec["norm"] == "batchnorm"
     assert spec["out_channels"] == 96 and tuple(checkpoint["image_size"]) == (80, 160)
-    assert checkpoint["cloud"]["cell"] == 1
+    sampling = checkpoint["samplings"]["nuscenes"]
+    assert sampling["cell"] == 1 and sampling["fov"] == (48, 48, 8)  # of the flags
+    assert sampling == SAMPLING | {"cell": 1, "fov": (48, 48, 8), "neighbors": 4}  # else its own
     assert checkpoint["encoder"]["name_or_path"] == "vit_mini8"
     assert 1 < lines(first)[-1]["loss"] < 1.6
 
@@ -68,58 +74,12 @@ def test_probe_and_evaluation(world, first, second, tmp_path, task, cache, capsy
     evaluation.main(eval_args(*runs, out=tmp_path / "table"))
     results = json.loads((tmp_path / "table.json").read_text())
     metric = "RMSE" if task == "depth" else "mIoU"
-    assert set(results[0][metric]) == set(evaluation.COLUMNS) and results[0]["images"] == 6
+    assert list(results[0][metric]) == results[0]["columns"] == COLUMNS
+    assert results[0]["images"] == 6
     assert results[0][metric] == results[1][metric]  # the same seed, twice
     assert 0 < results[0][metric]["full"] < 100
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
     assert (runs[0] / "results.json").is_file()
-
-
-@pytest.mark.parametrize("task", ["seg", "depth"])
-def test_finetuning_and_its_evaluation(world, second, tmp_path, task):
-    # of 8 images, 2 a batch: the third epoch ends with the run
-    out = tmp_path / "p"
-    probe.main(probe_args(world, task, second, out, "--finetune", "--lr", "1e-3", "--steps", "9"))
-    last, best = checkpoint_of(out), checkpoint_of(out, "best")
-
-    # the encoder learns
-    name = "blocks.0.attn.qkv.weight"
-    before = load_image_encoder(str(second)).backbone.state_dict()
-    assert not torch.equal(last["backbone"][name], before[name])
-    trained = [*last["backbone"].values(), *last["model"].values()]
-    assert lines(out)[-1]["trainable_parameters"] == sum(v.numel() for v in trained)
-
-    # best.pth is of the lowest validation loss
-    losses = [line["validation_loss"] for line in lines(out)]
-    assert len(losses) == 3 and last["best"] == best["best"] == min(losses)
-    assert best["step"] == (4, 8, 9)[losses.index(min(losses))]
-
-    # both are evaluated
-    (tmp_path / "s2").symlink_to(second)
-    evaluation.main(eval_args(out, out / "best.pth", out=tmp_path / "table"))
-    results = json.loads((tmp_path / "table.json").read_text())
-    assert [result["step"] for result in results] == [9, best["step"]]
-    assert (out / "results.json").is_file() and (out / "results-best.json").is_file()
-
-    # what eval.py loads is what was trained
-    _, encoder, head, _ = evaluation.load_probe(out, CPU)
-    assert all(torch.equal(value, last["backbone"][name])
-               for name, value in encoder.backbone.state_dict().items())
-    assert torch.equal(head[1].weight, last["model"]["1.weight"])
-
-
-def test_the_head_may_have_a_learning_rate_of_its_own(world, second, tmp_path):
-    """A step of Adam is about as long as the learning rate, whatever the gradient.
-
-    The head begins at zero, so the encoder's first gradient is zero, and its first step too.
-    """
-    out = tmp_path / "p"
-    rates = ["--lr", "1e-4", "--head-lr", "1e-2"]
-    probe.main(probe_args(world, "depth", second, out, "--finetune", *rates, "--steps", "2"))
-    last = checkpoint_of(out)
-    before = load_image_encoder(str(second)).backbone.state_dict()
-    assert 1e-2 < last["model"]["1.bias"].abs().item() < 2e-2
-    assert 2e-5 < largest_difference(last["backbone"], before) < 1e-4
 
 
 def test_one_percent_of_the_labels(world, second, tmp_path, capsys):
@@ -144,26 +104,39 @@ def test_3d_probe_of_whole_scans_is_judged_on_every_point(world, first, tmp_path
     evaluation.main(eval_args(out, out=tmp_path / "table"))
     found = json.loads((out / "results.json").read_text())["mIoU"]
 
-    index = load_index(world)
-    _, encoder, head, cloud = evaluation.load_probe(out, CPU)
+    (table,) = open_tables(str(world))
+    probed, encoder, head = evaluation.load_probe(out, CPU)
+    table.sampling = probed["samplings"]["nuscenes"] | {"max_points": 10**9}
     confusion = torch.zeros(16, 16, dtype=torch.long)
-    for row in index.select("val"):
+    for row in table.select("val").rows:
         # the classes of the points that the encoder sees
-        item = Frames(index, [row], "scan", None, cloud | {"max_points": 10**9}, labels=True)[0, 0]
-        batch = collate([item])
-        inputs = [batch[name] for name in ("feats", "cells", "neighbors", "batch")]
+        frames = Frames([table.only([row])], "scan", None, encoder.prepare, "labels")
+        batch = collate([frames[0, 0]])
         with torch.no_grad():
-            classes = head(encoder.features(*inputs)).argmax(1)
+            classes = head(encoder.features(batch)).argmax(1)
 
         # each point of the scan gets the class of the nearest of them
-        scan = read_scan(world / index.lidar[row].decode())
+        scan = read_scan(world / table["scan"][row].decode())
         xyz = torch.from_numpy(scan[:, :3].copy()).double()
-        nearest = torch.cdist(xyz, item["feats"][:, 1:4].double()).argmin(1)
-        labels = read_labels(world / index.lidarseg[row].decode(), index.coarse, len(scan))
+        seen = batch["inputs"]["points"][:, 1:4].double()
+        nearest = torch.cdist(xyz, seen).argmin(1)
+        labels = read_labels(world / table["labels"][row].decode(), table["label_map"], len(scan))
         truth = torch.from_numpy(labels.astype("int64"))
         labelled = truth > 0
         confusion += confusion_matrix(classes[nearest][labelled], truth[labelled] - 1, 16)
     assert found["full"] == pytest.approx(100 * mean_iou(confusion), abs=0.02)
+
+
+def test_3d_probe_of_a_camera_is_judged_at_its_points(world, first, tmp_path):
+    out = tmp_path / "p"
+    probe.main(probe_args(world, "seg3d", first, out, "--steps", "2", "--cameras", "all"))
+    assert checkpoint_of(out)["image_size"] is None
+    evaluation.main(eval_args(out, out=tmp_path / "table"))
+    result = json.loads((out / "results.json").read_text())
+    assert 0 < result["mIoU"]["full"] < 100
+    protocol = result["protocol"]  # of each dataset
+    assert (protocol["fov"], protocol["voxel"], protocol["max_points"]) == (
+        [[48, 48, 8]], [0.1], [20000])
 
 
 def test_cached_features_give_the_same_probe(world, second, tmp_path):
@@ -206,7 +179,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
         elif script == "stage2":
             stage2.main(stage2_args(world, first, out, *more))
         elif script == "finetune":
-            probe.main(probe_args(world, "seg", second, out, *more, "--finetune", "--lr", "1e-3"))
+            finetune.main(probe_args(world, "seg", second, out, *more, "--lr", "1e-3"))
         else:
             probe.main(probe_args(world, "seg3d", first, out, *more))
 
@@ -254,9 +227,9 @@ def test_two_processes_are_one_with_the_same_global_batch(world, first, second, 
             return stage1_args(world, out, *more)
         if script == "stage2":
             return stage2_args(world, first, out, *more, "--lr", "1e-4")
-        return probe_args(world, "depth", second, out, *more, "--finetune", "--lr", "1e-4")
+        return probe_args(world, "depth", second, out, *more, "--lr", "1e-4")
 
-    module = {"stage1": stage1, "stage2": stage2, "finetune": probe}[script]
+    module = {"stage1": stage1, "stage2": stage2, "finetune": finetune}[script]
     module.main(command(tmp_path / "one"))
     run_two(f"{module.__name__}.py", *command(tmp_path / "two"))
     one, two = model_of(tmp_path / "one"), model_of(tmp_path / "two")
@@ -304,10 +277,17 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert "--image-size 81 160" in of_stage1("--image-size", "81", "160")
     assert "--batch 99" in of_stage1("--batch", "99")
     assert "--steps 0" in of_stage1("--steps", "0")
+    assert ("--backbone minkunet: there is no minkunet.py with a function `prepare`; choose one of "
+            "waffleiron") in of_stage1("--backbone", "minkunet")
+    assert "--recompute: not with BatchNorm" in of_stage1("--recompute")
+    assert "--cell 0.7: twice --fov 48 is not a whole number" in of_stage1("--cell", "0.7")
+    unknown = f"--conditions fog: --data {world} has day-clear, day-rain, night"
+    assert unknown in of_stage1("--conditions", "day-clear", "fog")
 
     # stage 2
     assert "no such file" in refusal(stage2, stage2_args(world, tmp_path / "none", out))
     assert "point_encoder is needed" in refusal(stage2, stage2_args(world, second, out))
+    assert unknown in refusal(stage2, stage2_args(world, first, out, "--conditions", "fog"))
 
     # probes
     def of_probe(task, encoder, *more):
@@ -315,13 +295,9 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, second, tmp_path, c
     assert "image_encoder is needed" in of_probe("seg", first)
     assert "for --task seg3d only" in of_probe("seg", second, "--cameras", "scan")
 
-    # fine-tuning
-    assert "--finetune: not with --cache" in of_probe("seg", second, "--finetune", "--cache")
-    assert "--head-lr: for --finetune" in of_probe("seg", second, "--head-lr", "1")
-    assert "--finetune: not with --task seg3d" in of_probe("seg3d", first, "--finetune")
-    resnet = ["--weights", "random", "--image-size", "64", "128", "--finetune"]
-    assert "--lr: the paper has none here for a ResNet-50" in of_probe(
-        "seg", "dino_resnet50", *resnet)
+    # flags of the other script
+    assert "unrecognized arguments: --head-lr 1" in of_probe("seg", second, "--head-lr", "1")
+    assert "unrecognized arguments: --finetune" in of_probe("seg", second, "--finetune")
 
     # evaluation
     assert "no last.pth" in refusal(evaluation, [str(tmp_path)])
@@ -336,7 +312,7 @@ def test_whitened_head_needs_the_cache(world, first, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["scan", "image"])
 def test_damaged_files_found_by_a_loading_process_are_one_line(copy, tmp_path, damage):
-    load_index(copy)
+    open_tables(str(copy))
 
     # every file is cut short
     folder = "LIDAR_TOP" if damage == "scan" else "CAM_FRONT"
@@ -361,7 +337,7 @@ def test_the_paper_s_networks_on_a_real_frame(real, tmp_path):
     common = ["--data", str(real), "--version", "v1.0-mini", "--cameras", "CAM_FRONT",
               "--batch", "1", "--steps", "2", *RUN]
     stage1.main([*common, "--encoder", "vit_small14", "--weights", "random", "--out", str(s1)])
-    stage2.main([*common, "--stage1", str(s1), "--out", str(s2), "--warmup", "0"])
+    stage2.main([*common, "--stage1", str(s1), "--out", str(s2), "--warmup-part", "0"])
     for out in (s1, s2):
         losses = [line["loss"] for line in lines(out)]
         assert len(losses) == 2 and 0 < losses[1] < losses[0] < 2

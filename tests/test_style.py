@@ -28,8 +28,7 @@ def test_lines_functions_and_files_are_short(name):
             length = node.end_lineno - node.lineno + 1
             assert length <= (90 if node.name in ("main", "parse") else 60), node.name
             names = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
-            most = 12 if name == "data.py" else 8  # Frames' are what every sensor needs
-            assert len([n for n in names if n != "self"]) <= most, node.name
+            assert len([n for n in names if n != "self"]) <= 8, node.name
 
 
 def test_what_learners_read_has_room():

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHARED
 from waffleirons import seed  # noqa: F401 (a fixture)
-from waffleirons import (GRIDS, SMALL, by_hand, load_golden, random_cloud, released_shapes,
-                         released_weights, same_values, shapes_of)
+from waffleirons import (GRIDS, SMALL, by_hand, in_double, load_golden, random_cloud,
+                         released_shapes, released_weights, same_values, shapes_of)
 
+from models import load_point_encoder
 from plumbing.errors import InputError
-from waffleiron import WaffleIron, from_released, load_waffleiron, to_released
+from plumbing.weights import LAYOUT
+from releases.scalr import from_released, to_released
+from waffleiron import WaffleIron
 
 # ---- released weights ----------------------------------------------------------------------------
 
@@ -26,8 +29,7 @@ every_variant = pytest.mark.parametrize("norm, head", VARIANTS.values(), ids=VAR
 @every_variant
 def test_features_and_outputs_are_those_computed_by_hand(norm, head):
     weights = released_weights(norm, head)
-    feats, *rest = random_cloud(40)
-    cloud = (feats.double(), *rest)
+    cloud = in_double(random_cloud(40))
     model = from_released(weights, GRIDS).double().eval()
     weights = {name: value.double() for name, value in weights.items()}
 
@@ -36,8 +38,8 @@ def test_features_and_outputs_are_those_computed_by_hand(norm, head):
     activation = activations.pop("gelu" if head == "mlp" else "relu")
     features, output = by_hand(weights, activation, cloud)
     exact = dict(rtol=1e-6, atol=1e-6)  # a point's share of its cell's mean is in float32
-    torch.testing.assert_close(model.features(*cloud), features.T, **exact)
-    torch.testing.assert_close(model(*cloud), output.T, **exact)
+    torch.testing.assert_close(model.features(cloud), features.T, **exact)
+    torch.testing.assert_close(model(cloud), output.T, **exact)
 
     # the comparison tells the activations apart
     for other in activations.values():
@@ -90,7 +92,7 @@ def test_released_files_are_loaded(norm, head, prefix, tmp_path):
     torch.save({"net": state} | beside, tmp_path / "folder" / "ckpt_last.pth")
 
     for path in ("model.pth", "", "other.pth", "folder", "folder/ckpt_last.pth"):
-        model, checkpoint = load_waffleiron(tmp_path / path)
+        model, checkpoint = load_point_encoder(tmp_path / path)
         assert checkpoint == {} and (model.spec["norm"], model.spec["head"]) == (norm, head)
         assert model.spec["grids"] == ((256, 256), (256, 32), (256, 32))
         back = to_released(model)
@@ -114,7 +116,7 @@ def test_wrong_released_files_are_named(tmp_path):
     malicious = Malicious(str(tmp_path / "pwned"))
     torch.save({"net": weights, "best_miou": malicious}, tmp_path / "malicious.pth")
     with pytest.raises(InputError, match=r"malicious.pth: .*mkdir.*could run code"):
-        load_waffleiron(tmp_path / "malicious.pth")
+        load_point_encoder(tmp_path / "malicious.pth")
     assert not (tmp_path / "pwned").exists()
 
     # a layer is missing
@@ -122,7 +124,7 @@ def test_wrong_released_files_are_named(tmp_path):
     short = {name: value for name, value in weights.items() if "channel_mix.1." not in name}
     torch.save({"net": short}, path)
     with pytest.raises(InputError) as error:
-        load_waffleiron(path)
+        load_point_encoder(path)
     message = str(error.value)
     assert message.startswith(f"{path}: not the weights of a published WaffleIron")
     assert message.count("missing waffleiron.channel_mix.1.") == 5
@@ -137,7 +139,7 @@ def test_wrong_released_files_are_named(tmp_path):
         torch.save({"net": net}, tmp_path / "other.pth")
         message = "other.pth: not the weights of a published WaffleIron"
         with pytest.raises(InputError, match=message):
-            load_waffleiron(tmp_path / "other.pth")
+            load_point_encoder(tmp_path / "other.pth")
 
 
 # ---- weights and checkpoints ---------------------------------------------------------------------
@@ -221,13 +223,13 @@ def test_weights_that_do_not_fit_are_named():
 def test_checkpoint_loads_from_file_and_folder(tmp_path):
     model = WaffleIron(**SMALL, norm="batchnorm", drop_path=0.1, activation="gelu", head="mlp",
                        hidden=9)
-    ours = {"kind": "point_encoder", "waffleiron": model.spec, "model": model.state_dict(),
-            "step": 7}
+    ours = {"kind": "point_encoder", "backbone": "waffleiron", "spec": model.spec,
+            "model": model.state_dict(), "step": 7}
     torch.save(ours, tmp_path / "last.pth")
     torch.save({"model_point": released_weights("layernorm", "linear")}, tmp_path / "model.pth")
     for path in (tmp_path, str(tmp_path / "last.pth")):
         # the run's own checkpoint goes before a released one
-        loaded, checkpoint = load_waffleiron(path)
+        loaded, checkpoint = load_point_encoder(path)
         assert loaded.spec == model.spec and checkpoint["step"] == 7
         assert same_values(loaded.state_dict(), model.state_dict())
 
@@ -236,8 +238,8 @@ def test_checkpoint_loads_from_file_and_folder(tmp_path):
     assert WaffleIron(**spec).spec == model.spec
 
 
-def test_checkpoints_from_before_activation_and_head_load(tmp_path):
-    # the names of the parameters then, which are those of now
+def test_a_spec_without_activation_and_head_loads(tmp_path):
+    # the names of the parameters when there were neither, which are those of now
     both = ("weight", "bias")
     batchnorm = (*both, "running_mean", "running_var", "num_batches_tracked")
     parts = {"embed.norm": batchnorm, "embed.point": both, "embed.edges.0": batchnorm,
@@ -254,24 +256,27 @@ def test_checkpoints_from_before_activation_and_head_load(tmp_path):
                 drop_path=0.0)
     state = WaffleIron(**spec).state_dict()
     assert state.keys() == names and state["head.weight"].shape == (6, 8)
-    checkpoint = {"kind": "point_encoder", "waffleiron": spec, "model": state}
+    checkpoint = {"kind": "point_encoder", "backbone": "waffleiron", "spec": spec, "model": state}
     torch.save(checkpoint, tmp_path / "last.pth")
-    model, _ = load_waffleiron(tmp_path)
+    model, _ = load_point_encoder(tmp_path)
     assert same_values(model.state_dict(), state)
 
     # what it computes is what it computed then
     cloud = random_cloud(9)
     _, output = by_hand(to_released(model), F.relu, cloud)
-    torch.testing.assert_close(model.eval()(*cloud), output.T)
+    torch.testing.assert_close(model.eval()(cloud), output.T)
 
 
 def test_wrong_checkpoints_are_named(tmp_path):
     model = WaffleIron(**SMALL)
-    ours = {"kind": "point_encoder", "waffleiron": model.spec, "model": model.state_dict()}
+    ours = {"kind": "point_encoder", "backbone": "waffleiron", "spec": model.spec,
+            "model": model.state_dict(), "layout": LAYOUT}
+    of_run = {"args": {"precision": None}}
+    earlier = {"kind": "point_encoder", "waffleiron": model.spec, "model": model.state_dict()}
     neither = "not a stage-1 checkpoint, nor released"
 
     def with_spec(**changes):
-        return ours | {"waffleiron": model.spec | changes}
+        return ours | {"spec": model.spec | changes}
     (tmp_path / "text.pth").write_text("no checkpoint")
     (tmp_path / "empty").mkdir()
     for file, content, message in (
@@ -283,8 +288,13 @@ def test_wrong_checkpoints_are_named(tmp_path):
             ("probe", ours | {"kind": "probe"},
              "kind probe, but point_encoder is needed.*stage1.py"),
             ("stranger", ours | {"kind": 7}, "not a checkpoint of this project.*stage1.py"),
-            ("no_arguments", {"kind": "point_encoder", "model": ours["model"]},
-             "KeyError: 'waffleiron'.*stage1.py"),
+            ("no_backbone", {"kind": "point_encoder", "model": ours["model"]},
+             "KeyError: 'backbone'.*stage1.py"),
+            ("other_backbone", ours | {"backbone": "no_such"}, "no no_such.py.*stage1.py"),
+            ("no_arguments", {name: ours[name] for name in ("kind", "backbone", "model")},
+             "KeyError: 'spec'.*stage1.py"),
+            ("earlier", earlier | of_run, "written by an earlier version.*stage1.py"),
+            ("layout", ours | of_run | {"layout": 1}, "written by an earlier version.*stage1.py"),
             ("norm", with_spec(norm="none"), "norm is 'none'.*stage1.py"),
             ("argument", with_spec(color=1), "color.*stage1.py"),
             ("number", ours | {"model": 7}, "TypeError.*stage1.py"),
@@ -295,10 +305,10 @@ def test_wrong_checkpoints_are_named(tmp_path):
         if content is not None:
             torch.save(content, path)
         with pytest.raises(InputError, match=f"^{path}: .*{message}") as error:
-            load_waffleiron(path)
+            load_point_encoder(path)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="empty/last.pth: no such file"):
-        load_waffleiron(tmp_path / "empty")
+        load_point_encoder(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("name, value", [("norm", "groupnorm"), ("activation", "swish"),

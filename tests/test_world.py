@@ -1,7 +1,9 @@
 """The miniature world is a genuine nuScenes dataset; its conditions change light, not streets."""
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from nuscenes.utils import splits
 from PIL import Image
 
 from miniature.scenes import CONDITIONS, picture, plan_scene, sweep
-from miniature.world import make_world
+from miniature.world import each_written, make_world
 from plumbing.errors import InputError
 
 TINY = dict(train=(2, 1, 1), val=1, image_size=(40, 80), beams=16, azimuths=60, workers=1)
@@ -286,3 +288,9 @@ def test_command_line_refuses_in_one_line(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and "ask for fewer" in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+def test_a_process_that_dies_ends_the_making(tmp_path):
+    """It was waited for: a Pool starts another in its place, which dies too."""
+    with pytest.raises(BrokenProcessPool):
+        list(each_written(os._exit, [1, 1], 2))

@@ -14,7 +14,10 @@ def load_golden(path):
 
 
 def random_cloud(n, low=(0.0, 0.0), high=(1.0, 1.0)):
-    """A cloud that fills a box, whose corners are shares of each grid's rows and columns."""
+    """A batch of one cloud, which fills a box.
+
+    The box's corners are shares of each grid's rows and columns.
+    """
     cells = []
     for height, width in GRIDS:
         first = torch.tensor([int(low[0] * height), int(low[1] * width)])
@@ -23,7 +26,18 @@ def random_cloud(n, low=(0.0, 0.0), high=(1.0, 1.0)):
         place[0], place[1] = first, last
         cells.append(place[:, 0] * width + place[:, 1])
     neighbors = (torch.arange(n)[:, None] + torch.randint(1, n, (n, 4))) % n
-    return torch.randn(n, 5), torch.stack(cells), neighbors, torch.zeros(n, dtype=torch.int64)
+    inputs = {"points": torch.randn(n, 5), "cells": torch.stack(cells, 1), "neighbors": neighbors}
+    return {"inputs": inputs, "view": torch.zeros(n, dtype=torch.int64)}
+
+
+def with_points(batch, points):
+    """The same batch with other `points` [N, Cin]."""
+    return batch | {"inputs": batch["inputs"] | {"points": points}}
+
+
+def in_double(batch):
+    """The same batch with its points in float64."""
+    return with_points(batch, batch["inputs"]["points"].double())
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +115,7 @@ def by_hand(weights, activation, cloud):
 
     The paper's layers are computed from the released tensors, on whole planes.
     """
-    feats, cells, neighbors, _ = cloud
+    points, cells, neighbors = (cloud["inputs"][n] for n in ("points", "cells", "neighbors"))
 
     def normalise(x, name):  # [1, C, ...]
         weight, bias = weights[name + ".weight"], weights[name + ".bias"]
@@ -114,7 +128,7 @@ def by_hand(weights, activation, cloud):
         return function(x, weights[name + ".weight"], weights.get(name + ".bias"), **options)
 
     # embedding: the point itself, and its edges to the neighbours
-    x = normalise(feats.T[None], "embed.norm")  # [1, 5, N]
+    x = normalise(points.T[None], "embed.norm")  # [1, 5, N]
     edges = normalise(x[:, :, neighbors] - x[..., None], "embed.conv2.0")  # [1, 5, N, K]
     edges = convolve(F.conv2d, edges, "embed.conv2.1")
     edges = F.relu(normalise(edges, "embed.conv2.2"))
@@ -126,7 +140,7 @@ def by_hand(weights, activation, cloud):
         # spatial mixing: the mean of each cell's points, two convolutions, back to the points
         mix = f"waffleiron.spatial_mix.{i}"
         height, width = GRIDS[i % 3]
-        place = cells[i % 3]
+        place = cells[:, i % 3]
         y = normalise(x, f"{mix}.norm")
         plane = x.new_zeros(1, x.shape[1], height * width)
         for cell in place.unique():
