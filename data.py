@@ -7,11 +7,10 @@ cloud, its own `prepare` says.
 """
 import numpy as np
 import torch
-from PIL import Image
 from scipy.spatial import cKDTree
 
 from plumbing.errors import InputError
-from readers.files import read_image
+from readers.files import labelled_pixels, read_image
 from readers.table import check_conditions, spread
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
@@ -22,9 +21,10 @@ DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by
 def select(tables, split, conditions=None, limit=None, percent=100, skip_bad=False):
     """The frames of a split in each of these tables: at most `limit` in all, evenly spread.
 
-    A table of which none is chosen is left out. Other arguments, and errors: see
-    `FrameTable.select`.
+    A table of which `limit` takes none is left out. conditions: names; ["all"] is as None. Other
+    arguments, and errors: see `FrameTable.select`.
     """
+    conditions = None if conditions == ["all"] else conditions
     check_conditions(tables, conditions)
     of_split = [table.select(split, conditions, percent, skip_bad=True) for table in tables]
     starts = np.cumsum([0, *map(len, of_split)])
@@ -177,6 +177,7 @@ class Frames(torch.utils.data.Dataset):
         self.points = points
         self.skip_bad = skip_bad
         self.seed = seed
+        self.dense = any("scan" not in table for table in tables)
         of_tables = [name for table in tables for name in table.conditions]
         self.conditions = tuple(dict.fromkeys(of_tables))
         # Numbers of the first item and of the first frame of each table, and what comes after
@@ -195,12 +196,12 @@ class Frames(torch.utils.data.Dataset):
         return sum(map(len, self.tables))
 
     def locate(self, key):
-        """(number of the table, row, camera or None, generator of the item's randomness)."""
+        """(number of the table, frame, camera or None, generator of the item's randomness)."""
         epoch, number = key
         rng = np.random.default_rng((self.seed, epoch, number))
         which = int(np.searchsorted(self.first_item, number, side="right")) - 1
         table = self.tables[which]
-        frame, view = divmod(number - self.first_item[which], self.views(table))
+        place, view = divmod(number - self.first_item[which], self.views(table))
         camera = None
         if self.cameras == "all":
             camera = view
@@ -208,18 +209,18 @@ class Frames(torch.utils.data.Dataset):
             camera = rng.integers(table["image"].shape[1])
         elif self.cameras != "scan":
             camera = table.cameras.index(self.cameras)
-        return which, table.rows[frame], camera, rng
+        return which, table.rows[place], camera, rng
 
     def number_of_frame(self, key):
         """An item's frame, numbered through all tables."""
-        which, row, *_ = self.locate(key)
-        return int(self.first_frame[which] + row)
+        which, frame, *_ = self.locate(key)
+        return int(self.first_frame[which] + frame)
 
     def name(self, key):
         """The file by which a person finds an item: its image, or its scan."""
-        which, row, camera, _ = self.locate(key)
+        which, frame, camera, _ = self.locate(key)
         table = self.tables[which]
-        path = table["scan"][row] if camera is None else table["image"][row, camera]
+        path = table["scan"][frame] if camera is None else table["image"][frame, camera]
         return path.decode()
 
     def __getitem__(self, key):
@@ -227,17 +228,19 @@ class Frames(torch.utils.data.Dataset):
 
     def view(self, key):
         """One item. Raises InputError if it cannot be read."""
-        which, row, camera, rng = self.locate(key)
+        which, frame, camera, rng = self.locate(key)
         table = self.tables[which]
-        if "bad" in table and table["bad"][row]:
-            raise InputError(f"{table.root}: {table['bad'][row].decode()}")
+        if "bad" in table and table["bad"][frame]:
+            raise InputError(f"{table.root}: {table['bad'][frame].decode()}")
 
         # Points: of a scan, or labelled pixels
         points = {}
         if "scan" not in table and self.target:
-            points = labelled_pixels(table.labels(row), self.image_size)
+            points = labelled_pixels(table.labels(frame), self.image_size)
         elif self.target or self.prepare:
-            points = self.points_of(table, row, camera)
+            points = self.points_of(table, frame, camera)
+        if self.dense:  # labelled pixels have no depth, and an item has what the others have
+            points.pop("depths", None)
         if self.target == "depths":
             points = take(points, nearest_per_pixel(points["pixels"], points["depths"]))
             points = take(points, points["depths"] <= DEPTHS[1])
@@ -246,10 +249,10 @@ class Frames(torch.utils.data.Dataset):
             points, inputs = self.encoder_inputs(table, points, rng, key)
 
         # As tensors
-        item = {"condition": self.condition_of(table, row)}
+        item = {"condition": self.condition_of(table, frame)}
         if camera is not None and self.image_size is not None:
-            item["image"] = read_image(table.path("image", row, camera), self.image_size,
-                                       table["image_size"][row, camera])
+            item["image"] = read_image(table.path("image", frame, camera), self.image_size,
+                                       table["image_size"][frame, camera])
         for name, values in points.items():
             if name not in ("xyz", "intensity"):
                 item[name] = as_tensor(values)
@@ -257,30 +260,30 @@ class Frames(torch.utils.data.Dataset):
             item["inputs"] = {name: as_tensor(values) for name, values in inputs.items()}
         return item
 
-    def condition_of(self, table, row):
+    def condition_of(self, table, frame):
         """A frame's condition, index into `conditions`; -1 where its dataset states none."""
         if not table.conditions:
             return -1
-        return self.conditions.index(table.conditions[table["condition"][row]])
+        return self.conditions.index(table.conditions[table["condition"][frame]])
 
-    def points_of(self, table, row, camera):
+    def points_of(self, table, frame, camera):
         """A scan's points that a camera sees, or all where camera is None: {name: [N, ...]}.
 
         xyz, intensity; with a camera pixels in the resized image and depths; labels if asked for.
         """
-        scan = table.reader.scan(table.path("scan", row))  # [A, 4]
+        scan = table.reader.scan(table.path("scan", frame))  # [A, 4]
         seen = np.arange(len(scan))
         of_camera = {}
         if camera is not None:
-            raw_size = table["image_size"][row, camera]
-            seen, pixels, depths = project(scan[:, :3], table["cam_from_lidar"][row, camera],
-                                           table["intrinsics"][row, camera], raw_size)
+            raw_size = table["image_size"][frame, camera]
+            seen, pixels, depths = project(scan[:, :3], table["cam_from_lidar"][frame, camera],
+                                           table["intrinsics"][frame, camera], raw_size)
             if self.image_size is not None:
                 pixels = pixels * (np.asarray(self.image_size) / raw_size)
             of_camera = {"pixels": pixels, "depths": depths}
         points = {"xyz": scan[seen, :3], "intensity": scan[seen, 3]} | of_camera
         if self.target == "labels":
-            labels = table.labels(row, len(scan))  # [A]
+            labels = table.labels(frame, len(scan))  # [A]
             points["labels"] = labels[seen].astype(np.int64)
         return points
 
@@ -312,22 +315,13 @@ def check_table(table, cameras, target):
         raise InputError(f"--cameras {cameras}: choose one of {', '.join(known)}")
     if target == "depths" and "scan" not in table:
         raise InputError(f"--data {table.root}: {table.name} has no depths")
-    if target != "labels" or "labels" not in table:
+    if target != "labels" or hasattr(table.reader, "labels_of"):
         return
-    unlabelled = np.count_nonzero(table["labels"][table.rows] == b"")
+    paths = table.columns.get("labels", np.zeros(len(table["split"]), "S1"))
+    unlabelled = np.count_nonzero(paths[table.rows] == b"")
     if unlabelled:
         raise InputError(f"--data {table.root}: {unlabelled} of {len(table)} frames have no "
                          "labels; they may be in an archive of their own (nuScenes: lidarseg)")
-
-
-def labelled_pixels(labels, size):
-    """The pixels of an image that have a class, at the size (H, W): {name: [N, ...]}.
-
-    labels: uint8 [h, w], 0 where there is none. To the size by the nearest pixel.
-    """
-    labels = np.array(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
-    pixels = np.argwhere(labels > 0)
-    return {"pixels": pixels.astype(np.float64), "labels": labels[tuple(pixels.T)].astype(np.int64)}
 
 
 def as_tensor(values):

@@ -26,7 +26,7 @@ from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, differences, digest, of_frames, of_weights
 from plumbing.weights import load_checkpoint, load_strictly, located, say_if_unfinished
 from probe import TASKS, classes_of
-from readers.table import entries, open_tables
+from readers.table import entries, has_versions, open_tables
 from results import results_table
 
 # ---- one probe -----------------------------------------------------------------------------------
@@ -109,18 +109,32 @@ def data_of(probe, path):
     return [(name, located(root, was, folder_of(path))) for name, root in probe["data"]]
 
 
-def protocol_of(probe):
-    """What must be equal, beside the frames, for the numbers of two probes to be compared."""
+def protocol_of(probe, frames=None):
+    """What must be equal, beside the frames, for the numbers of two probes to be compared.
+
+    frames: those that it is judged on (default: what its checkpoint says of its own data). All of
+    it is as JSON gives it back, or a stored result would differ from a new one.
+    """
     args = probe["args"]
     datasets = [name for name, _ in probe["data"]]
-    protocol = {"data": " and ".join(datasets), "classes": list(probe["classes"]),
+    samplings = probe["samplings"] or {}
+    dense = probe["dense"]
+    if frames:
+        datasets = [table.name for table in frames.tables]
+        samplings = samplings and {table.name: table.sampling for table in frames.tables}
+        dense = frames.dense
+
+    # How the head was trained, and the classes
+    protocol = {"data": " and ".join(dict.fromkeys(datasets)), "classes": list(probe["classes"]),
                 "cameras": args["cameras"], "head": probe["head"], "limit": args.get("limit"),
                 "finetune": bool(probe.get("encoder_weights")),
                 "percent": args.get("percent") or 100, "scenes": probe.get("scenes")}
-    if probe["samplings"] and args["cameras"] != "scan":  # judged at the 3D encoder's points
-        for name in ("fov", "voxel", "max_points"):
-            protocol[name] = [sampling[name] for sampling in probe["samplings"].values()]
-    if probe["task"] == "depth" or probe["dense"]:  # judged at pixels of the resized image
+    # At which points it is judged: the 3D encoder's, or pixels of the resized image
+    if samplings and args["cameras"] != "scan":
+        protocol["fov"] = [list(sampling["fov"]) for sampling in samplings.values()]
+        protocol["voxel"] = [sampling["voxel"] for sampling in samplings.values()]
+        protocol["max_points"] = [sampling["max_points"] for sampling in samplings.values()]
+    if probe["task"] == "depth" or dense:
         protocol["image_size"] = list(probe["image_size"])
     return protocol
 
@@ -147,7 +161,6 @@ class Evaluation:
         self.path = path
         self.device = device
         self.probe, self.encoder, self.head = load_probe(path, device, encoder_at)
-        self.protocol = protocol_of(self.probe)
         self.task = TASKS[self.probe["task"]]
         image_size = self.probe["image_size"] and tuple(self.probe["image_size"])
 
@@ -156,8 +169,9 @@ class Evaluation:
         home = data_of(self.probe, path)
         there = data_given(data, home)
         labels = self.task.target == "labels"
+        versioned = any(has_versions(name) for name, _ in there)
         with training.first_process_first():
-            tables = open_tables(there, args["version"], look=None)
+            tables = open_tables(there, args["version"] if versioned else None, look=None)
         check_classes(tables, self.probe)
         tables = select(tables, "val")
         prepare = None
@@ -166,6 +180,7 @@ class Evaluation:
             prepare = self.encoder.prepare
         self.frames = Frames(tables, args["cameras"], image_size, prepare, self.task.target,
                              points="every" if args["cameras"] == "scan" else "first")
+        self.protocol = protocol_of(self.probe, self.frames)
 
         # What the result is made from
         frames = training.by_first_process(lambda: of_frames(tables, labels, files=True))

@@ -203,10 +203,12 @@ def classes_of(tables, task):
 
     Raises InputError for datasets whose classes differ, and for one that the task is not for.
     """
+    needed = "scan" if task == "depth" else "CLASSES"
+    for table in tables:
+        if not hasattr(table.reader, needed):
+            what = "depths" if task == "depth" else "labels"
+            raise InputError(f"--task {task}: {table.name} has no {what}")
     if task == "depth":
-        flat = [table for table in tables if "scan" not in table]
-        if flat:
-            raise InputError(f"--task depth: {flat[0].name} has no depths")
         return ()
     each = {table.name: table.reader.CLASSES for table in tables}
     if len(set(each.values())) > 1:
@@ -267,7 +269,7 @@ def set_up(args, encoder, image_size, samplings, points="random", validated=Fals
     about = {"kind": "probe", "task": args.task, "classes": classes, "head": args.head,
              "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
              "samplings": inputs if prepare else None, "made_from": made_from, "val": val,
-             "dense": any("scan" not in table for table in tables),
+             "dense": frames.dense,
              "scenes": scenes if args.percent else None, "data": data}
     return Run(frames, tables, classes, checkpoint, about)
 

@@ -60,8 +60,8 @@ def parse(argv=None):
         help="of a point in the embedding (default: the dataset's, 16, same)")
     # the frames
     add("--conditions", nargs="+", action=Distinct, default=["day-clear"],
-        help="frames to learn from, of a dataset that tells conditions (default: day-clear, Sec. "
-             "3.1, Assumption 1)")
+        help="frames to learn from, of a dataset that tells conditions; all: every one (default: "
+             "day-clear, Sec. 3.1, Assumption 1)")
     add("--cameras", default="random",
         help="of a frame: random (one, drawn anew each epoch), all, or a channel "
              "(default: %(default)s, ScaLR Sec. 3.1)")
@@ -118,19 +118,19 @@ def main(argv=None):
     frames = Frames(tables, args.cameras, image_size, backbone.prepare, points="augmented",
                     skip_bad=skip_bad, seed=args.seed)
 
+    # ---- model ----
+    encoder.requires_grad_(False)
+    point_encoder = backbone.build(args, samplings, encoder.dim).to(device)
+    model = training.distribute(point_encoder, device)
+
     # ---- resume: a run of the same arguments, encoder and frames goes on ----
     made_from = {"encoder": encoder.fingerprint(), "frames": of_frames(tables),
-                 "input": {"image_size": image_size}}
+                 "input": {"image_size": image_size} | samplings}
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
     total = args.steps or len(frames) // args.batch * args.epochs
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
     loader = training.load(frames, batches, collate, args.workers, device)
-
-    # ---- model ----
-    encoder.requires_grad_(False)
-    point_encoder = backbone.build(args, samplings, encoder.dim).to(device)
-    model = training.distribute(point_encoder, device)
 
     # ---- optimizer ----
     optimizer = torch.optim.AdamW(point_encoder.parameters(), lr=args.lr,

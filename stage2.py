@@ -55,7 +55,7 @@ def parse(argv=None):
         help="compute the blocks of the image encoder again in the backward pass instead of "
              "keeping them: the same result, a fraction of the memory, a third more time")
     # the frames
-    add("--conditions", nargs="+", action=Distinct,
+    add("--conditions", nargs="+", action=Distinct, default=["all"],
         help="frames to learn from, of a dataset that tells conditions (default: all, Sec. 3.2)")
     add("--cameras", default="all",
         help="of a frame: all (an epoch sees each), random (one), or a channel "

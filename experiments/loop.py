@@ -45,7 +45,7 @@ def build(args, device, out_channels=None, labels=False):
     # The 3D encoder, and what a checkpoint says of all
     point_encoder = backbone.build(args, samplings, out_channels or encoder.dim).to(device)
     made_from = {"encoder": encoder.fingerprint(), "frames": of_frames(tables, labels),
-                 "input": {"image_size": image_size}}
+                 "input": {"image_size": image_size} | samplings}
     content = {"backbone": args.backbone, "spec": point_encoder.spec, "samplings": samplings,
                "encoder": models.source_of(args), "image_size": image_size, "made_from": made_from}
     return encoder, point_encoder, frames, content

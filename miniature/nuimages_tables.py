@@ -7,7 +7,6 @@ import base64
 import numpy as np
 from PIL import Image
 from pycocotools import mask as run_lengths
-from scipy.ndimage import label as connected_parts
 
 from miniature.scenes import (CAMERAS, JPEG, calibration_row, log_row, picture, plan_scene,
                               sensor_rows, token_of)
@@ -72,6 +71,7 @@ def write_scene(job):
 
 def annotate(rows, kinds, key, token):
     """Add the rows of one picture's road and objects; kinds [H, W]: its pixels' fine classes."""
+    from scipy.ndimage import label as connected_parts  # here: it takes long to import
     for kind in np.unique(kinds):
         mask, category = kinds == kind, CATEGORIES[kind]
         common = dict(sample_data_token=key, category_token=token_of(category))

@@ -32,7 +32,7 @@ def cached(reader, root, options, here, look):
     """
     sources = tuple(reader.sources(root, **options))
     state = state_of(sources)
-    folder = cache_folder(cache_key(reader, options, state))
+    folder = cache_folder(cache_key(reader, root, options, state))
     for _ in range(2):
         # What the cache holds
         try:
@@ -52,7 +52,10 @@ def cached(reader, root, options, here, look):
             store_arrays(folder, columns)
         else:
             build_elsewhere(reader.__name__, root, options)
-    raise InputError(f"{folder}: the index cannot be kept there; mend that folder, or set "
+    if not folder.exists():
+        raise InputError(f"{reader.__file__}: run as a script it keeps no table; end it with "
+                         "`main`, as the other readers")
+    raise InputError(f"{folder}: the table cannot be kept there; mend that folder, or set "
                      "XDG_CACHE_HOME to another")
 
 
@@ -61,8 +64,9 @@ def with_record(columns):
     if "record" in columns:
         return columns
     rows = len(columns["split"])
-    of_frames = [values for name, values in columns.items() if name not in OF_ALL]
-    said = [[values[row].tolist() for values in of_frames] for row in range(rows)]
+    of_frames = [values for name, values in columns.items()
+                 if name not in OF_ALL and len(values) == rows]
+    said = [[values[frame].tolist() for values in of_frames] for frame in range(rows)]
     return columns | {"record": np.array([digest([repr(frame).encode()]) for frame in said],
                                          np.bytes_)}
 
@@ -72,7 +76,7 @@ def with_damage(reader, root, columns):
     if not hasattr(reader, "damage"):
         return columns
     rows = range(len(columns["split"]))
-    reasons = [reader.damage(root, columns, row).encode() for row in rows]
+    reasons = [reader.damage(root, columns, frame).encode() for frame in rows]
     return columns | {"bad": np.array(reasons, np.bytes_)}
 
 
@@ -91,10 +95,13 @@ def content_of(sources, state):
     return digest(path.read_bytes() for path in sources)
 
 
-def cache_key(reader, options, state):
-    """16 hexadecimal digits: another reader or text of it, other options or state have others."""
-    text = Path(reader.__file__).read_bytes()
-    parts = FORMAT, reader.__name__, digest([text]), sorted(options.items()), state
+def cache_key(reader, root, options, state):
+    """16 hexadecimal digits: another reader, other texts of readers, options or state have others.
+
+    The texts of all readers count, because one may take another's classes.
+    """
+    texts = [file.read_bytes() for file in sorted(Path(reader.__file__).parent.glob("*.py"))]
+    parts = FORMAT, reader.__name__, digest(texts), str(root), sorted(options.items()), state
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -139,7 +146,7 @@ def store_arrays(folder, arrays):
     except OSError as error:
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{folder}: the index cannot be kept there ({error.strerror}); mend that "
+        raise InputError(f"{folder}: the table cannot be kept there ({error.strerror}); mend that "
                          "folder, or set XDG_CACHE_HOME to another") from None
     with contextlib.suppress(OSError):  # another process was first
         partial.rename(folder)

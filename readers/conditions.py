@@ -15,8 +15,8 @@ COPY = "corrupted.json"  # of a copy that experiments/copies.py made: its argume
 
 
 def is_name(name):
-    """Whether a condition may have this name; "full" is the column of all frames."""
-    return re.fullmatch(r"[\w-][\w -]*", name) is not None and name != "full"
+    """Whether a condition may have this name: "full" and "all" are all frames."""
+    return re.fullmatch(r"[\w-][\w -]*", name) is not None and name not in ("full", "all")
 
 
 def read_conditions(path):
@@ -34,7 +34,7 @@ def read_conditions(path):
                          "it")
     if wrong:
         raise InputError(f"{path}: {wrong[0]!r} cannot be a condition's name; letters, digits, _, "
-                         "- and spaces can be in one, and full is the column of all frames")
+                         "- and spaces can be in one, and full and all are all frames")
     return named
 
 
@@ -58,10 +58,10 @@ def named_conditions(reader, root, columns):
                          f"{', '.join(sorted(set(scenes))[:3])}, ...")
     names += sorted(set(named.values()) - set(names))
     of_frame = columns["condition"].tolist() if "condition" in columns else [None] * len(scenes)
-    for row, scene in enumerate(scenes):
+    for frame, scene in enumerate(scenes):
         if scene in named:
-            of_frame[row] = names.index(named[scene])
-        elif of_frame[row] is None:
+            of_frame[frame] = names.index(named[scene])
+        elif of_frame[frame] is None:
             raise InputError(f"{path}: says nothing of {scene}; the dataset states no conditions, "
                              "so name all of its scenes")
     return names, np.array(of_frame)

@@ -230,6 +230,16 @@ def read_image(path, size, raw_size=None):
     return small[0]
 
 
+def labelled_pixels(labels, size):
+    """The pixels of an image that have a class, at the size (H, W): {name: [N, ...]}.
+
+    labels: uint8 [h, w], 0 where there is none. To the size by the nearest pixel.
+    """
+    labels = np.array(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
+    pixels = np.argwhere(labels > 0)
+    return {"pixels": pixels.astype(np.float64), "labels": labels[tuple(pixels.T)].astype(np.int64)}
+
+
 # ---- JPEG --------------------------------------------------------------------------------------
 # Where a JPEG is damaged, libjpeg only warns, and Pillow does not show the warning: the rest of the
 # picture is grey, shifted or of other colours. What libjpeg warns of is seen here from outside.

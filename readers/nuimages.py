@@ -19,18 +19,18 @@ SPLITS = ("train", "val")
 CLASSES = NUSCENES_CLASSES[:NUSCENES_CLASSES.index("driveable_surface") + 1]
 
 
-def labels_of(root, columns, row):
+def labels_of(root, columns, frame):
     """The class of each pixel of an image, uint8 [H, W], 0 where nothing is labelled.
 
     Objects are drawn over surfaces. Raises InputError for a damaged mask.
     """
     from pycocotools.mask import decode
-    classes = np.zeros(columns["image_size"][row, 0], np.uint8)
-    begin, end = columns["first"][row:row + 2]
+    classes = np.zeros(columns["image_size"][frame, 0], np.uint8)
+    begin, end = columns["first"][frame:frame + 2]
     for m in range(begin, end):
         runs = columns["runs"][columns["start"][m]:columns["start"][m + 1]]
         if covered(runs) != classes.size:  # pycocotools would leave the rest to chance
-            path = columns["image"][row, 0].decode()
+            path = columns["image"][frame, 0].decode()
             raise InputError(f"{root}: a mask of {path} is damaged: its runs do not cover the "
                              "image; extract the tables again")
         mask = decode({"size": list(classes.shape), "counts": runs.tobytes()})  # [H, W] 0 or 1
@@ -55,9 +55,9 @@ def sources(root, version=None):
     return [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("*.json"))]
 
 
-def damage(root, columns, row):
+def damage(root, columns, frame):
     """What is wrong with an image's file: that it is empty."""
-    path = columns["image"][row, 0].decode()
+    path = columns["image"][frame, 0].decode()
     return "" if size_of(root, path) else f"{path} is empty; extract it again"
 
 

@@ -96,14 +96,14 @@ def check(root, version=VERSION):
         _check_beside(root, version)
 
 
-def damage(root, columns, row):
+def damage(root, columns, frame):
     """What is wrong with a frame: no pose, an empty file, a scan cut short, labels missing."""
-    path = columns["scan"][row].decode()
-    posed = np.isfinite(columns["cam_from_lidar"][row]).all()
-    if not (posed and np.isfinite(columns["intrinsics"][row]).all()):
+    path = columns["scan"][frame].decode()
+    posed = np.isfinite(columns["cam_from_lidar"][frame]).all()
+    if not (posed and np.isfinite(columns["intrinsics"][frame]).all()):
         return f"{path}: {NO_POSE}"
-    images = np.char.decode(columns["image"][row])
-    return _damage(root, path, columns["labels"][row].decode(), images)
+    images = np.char.decode(columns["image"][frame])
+    return _damage(root, path, columns["labels"][frame].decode(), images)
 
 
 def _check_beside(root, version):

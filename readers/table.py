@@ -11,10 +11,12 @@ those that its data has:
     sources(root, **options)        files that the table is made of; InputError for a wrong root
     table(root, **options)          {column: array}, read once and cached
     check(root, **options)          InputError where files beside the frames' own are wrong
-    damage(root, columns, row)      what is wrong with a frame's files, in words; "" for nothing
+    damage(root, columns, frame)    what is wrong with a frame's files, in words; "" for nothing
     scan(path)                      [A, 4]: x, y, z [m], intensity
     labels(path, count=None)        classes, uint8: [A] of a scan's `count` points, [H, W] of pixels
-    labels_of(root, columns, row)   the same where the labels stand in the table itself
+    labels_of(root, columns, frame) the same where the labels stand in the table itself
+
+It ends in `if __name__ == "__main__": main(NAME)`, with `main` of this file.
 
 The columns of a table have a row a frame (F frames of C cameras). Strings are bytes (UTF-8), paths
 are relative to root. The first three are in every table:
@@ -89,14 +91,14 @@ class FrameTable:
         return other
 
     def path(self, column, *place):
-        """The file of a column of paths, at (row,) or (row, camera)."""
+        """The file of a column of paths, at (frame,) or (frame, camera)."""
         return os.path.join(self.root, self.columns[column][place].decode())
 
-    def labels(self, row, count=None):
+    def labels(self, frame, count=None):
         """Classes of a frame's `count` points [A], or of its pixels [H, W]."""
         if hasattr(self.reader, "labels_of"):
-            return self.reader.labels_of(self.root, self.columns, row)
-        return self.reader.labels(self.path("labels", row), count)
+            return self.reader.labels_of(self.root, self.columns, frame)
+        return self.reader.labels(self.path("labels", frame), count)
 
     def select(self, split, conditions=None, percent=100, skip_bad=False):
         """The frames of a split under these conditions (default: all).
@@ -250,14 +252,21 @@ def open_tables(data, version=None, look=True, here=False):
     """
     found = entries(data) if isinstance(data, str) else data
     readers = [importlib.import_module(f"readers.{name}") for name, _ in found]
-    versioned = ["version" in inspect.signature(reader.table).parameters for reader in readers]
+    versioned = [has_versions(reader) for reader in readers]
     if version and not any(versioned):
         raise InputError(f"--version {version}: {found[0][0]} has no versions; leave it out")
     tables = []
-    for reader, (_, path), has_versions in zip(readers, found, versioned):
-        options = {"version": version} if version and has_versions else {}
+    for reader, (_, path), takes_it in zip(readers, found, versioned):
+        options = {"version": version} if version and takes_it else {}
         tables.append(_open(reader, Path(path).resolve(), options, look, here))
     return tables
+
+
+def has_versions(reader):
+    """Whether a dataset's reader, a module or its name, takes a version."""
+    if isinstance(reader, str):
+        reader = importlib.import_module(f"readers.{reader}")
+    return "version" in inspect.signature(reader.table).parameters
 
 
 def _open(reader, root, options, look, here):
@@ -279,8 +288,8 @@ def _open(reader, root, options, look, here):
     if hasattr(reader, "damage"):
         reasons = columns["bad"].tolist()
         asked = np.flatnonzero(bool(look) | (columns["bad"] != b""))
-        for row in asked:
-            reasons[row] = reader.damage(root, columns, row).encode()
+        for frame in asked:
+            reasons[frame] = reader.damage(root, columns, frame).encode()
         columns["bad"] = np.array(reasons, np.bytes_)
     return table
 

@@ -38,8 +38,6 @@ def default_of(script, flag):
     value = getattr(defaults_of(script), name)
     if value is None and name in SAMPLING:
         return SAMPLING[name]
-    if value is None and name == "conditions":
-        return "all"
     return value
 
 

@@ -179,7 +179,8 @@ def test_a_run_does_not_go_on_at_another_image_size(world, tmp_path, capsys):
     stage1.main([*common, "--encoder", shipped, *ONE_STEP])
     by_name = [*common, "--encoder", "vit_mini8", "--weights", shipped, *ONE_STEP]
     said = fails_with_one_line(capsys, stage1.main, by_name)
-    assert "input: image_size (80, 160); now: image_size (224, 448)" in said
+    assert "input: image_size (80, 160), nuscenes {'fov'" in said
+    assert "; now: image_size (224, 448), nuscenes {'fov'" in said
     stage1.main([*by_name, "--image-size", "80", "160", "--restart"])
 
 

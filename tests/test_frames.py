@@ -1,6 +1,7 @@
 """`Frames` of several datasets, of images alone, of whole scans; how scans become points."""
 import json
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from runs import open_one
 from data import Frames, collate, select, set_sampling
 from miniature.world import make_world
 from plumbing.errors import InputError
+from probe import classes_of
 from readers import nuimages, nuscenes
 from readers.files import read_scan
 from readers.nuscenes import CONDITIONS, SAMPLING
@@ -298,3 +300,35 @@ def test_the_samplings_of_a_dataset_are_data(one):
     """They go into a checkpoint, and into a fingerprint."""
     known = set_sampling([one.only(one.rows)])
     assert json.loads(json.dumps(known))["nuscenes"].keys() == SAMPLING.keys()
+
+
+# ---- labelled pixels beside scans ----------------------------------------------------------------
+
+def dense_table(one, classes=nuscenes.CLASSES):
+    """A table of images whose pixels are labelled, with these classes; one frame of `one`."""
+    reader = types.SimpleNamespace(__name__="readers.dense", CLASSES=classes)
+    reader.labels = lambda path, count=None: np.full((900, 1600), 4, np.uint8)
+    columns = {name: one[name][one.rows[:1]] for name in ("split", "image", "image_size", "labels")}
+    return FrameTable(reader, one.root, columns)
+
+
+def test_labelled_pixels_and_scans_make_one_batch(one):
+    dense = dense_table(one)
+    for tables in ([one, dense], [dense, one]):
+        frames = Frames(tables, "all", SIZE, target="labels")
+        items = [frames[0, 0], frames[0, len(frames) - 1]]
+        batch = collate(items)
+        assert "depths" not in batch
+        assert len(batch["labels"]) == len(batch["pixels"]) == len(batch["view"])
+        counts = {len(item["labels"]) for item in items}
+        assert SIZE[0] * SIZE[1] in counts and min(counts) < 5000
+
+
+def test_data_without_labels_is_refused(one):
+    unlabelled = dense_table(one)
+    del unlabelled.columns["labels"]
+    with pytest.raises(InputError, match="1 of 1 frames have no labels"):
+        Frames([unlabelled], "all", SIZE, target="labels")
+    del unlabelled.reader.CLASSES
+    with pytest.raises(InputError, match="--task seg: dense has no labels"):
+        classes_of([unlabelled], "seg")

@@ -189,7 +189,7 @@ def test_the_index_is_built_by_another_process_with_the_same_errors(world, copy)
 def test_a_cache_that_cannot_be_written_is_named(world, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"the index cannot be kept there \(.*\); mend that"):
+    with pytest.raises(InputError, match=r"the table cannot be kept there \(.*\); mend that"):
         open_one(world)
 
 

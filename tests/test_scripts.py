@@ -135,6 +135,8 @@ def test_3d_probe_of_a_camera_is_judged_at_its_points(world, first, tmp_path):
     result = json.loads((out / "results.json").read_text())
     assert 0 < result["mIoU"]["full"] < 100
     protocol = result["protocol"]  # of each dataset
+    # a new result is comparable with a stored one
+    assert evaluation.Evaluation(out, CPU).protocol == protocol
     assert (protocol["fov"], protocol["voxel"], protocol["max_points"]) == (
         [[48, 48, 8]], [0.1], [20000])
 

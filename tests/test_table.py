@@ -128,9 +128,19 @@ def test_readers_options_and_roots_have_caches_of_their_own(toy, world, tmp_path
         open_tables([toy, ("nuscenes", world), ("nuscenes", copied)], here=True)
         open_one(world, "v1.0-trainval")
     assert len(list((tmp_path / "cache/collaborative-distillation").iterdir())) == 4
+    # a reader may take another's classes, so the text of each counts
+    (tmp_path / "another.py").write_text("CLASSES = ()")
+    open_tables([toy, ("nuscenes", world)], here=True)
+    assert len(list((tmp_path / "cache/collaborative-distillation").iterdir())) == 5
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert readers.cache.caches() == tmp_path / "home/.cache"
+
+
+def test_a_reader_that_keeps_no_table_is_named(toy, monkeypatch):
+    monkeypatch.setattr(readers.cache, "build_elsewhere", lambda *_: None)
+    with pytest.raises(InputError, match="toy.py: run as a script it keeps no table; end it with"):
+        open_tables([toy])
 
 
 # ---- fingerprints --------------------------------------------------------------------------------
