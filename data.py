@@ -49,7 +49,8 @@ def set_sampling(tables, stored=None, task=None):
     known = {}
     for table in tables:
         if not table.sampling:
-            raise InputError(f"--data {table.root}: {table.name} has no LiDAR scans")
+            raise InputError(f"--data {table.root}: {table.name} has no LiDAR scans, which both "
+                             "stages and seg3d need; probe.py --task seg takes it")
         sampling = (stored or {}).get(table.name, table.sampling) | table.sampling.get(task, {})
         for name in ("probe", "finetune"):
             sampling.pop(name, None)
@@ -284,6 +285,9 @@ class Frames(torch.utils.data.Dataset):
         points = {"xyz": scan[seen, :3], "intensity": scan[seen, 3]} | of_camera
         if self.target == "labels":
             labels = table.labels(frame, len(scan))  # [A]
+            if len(labels) != len(scan):
+                raise InputError(f"{table.path('labels', frame)}: {len(labels)} labels for "
+                                 f"{len(scan)} points; write both anew")
             points["labels"] = labels[seen].astype(np.int64)
         return points
 

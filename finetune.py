@@ -37,7 +37,7 @@ LR = {"seg": {"nuscenes": {"ViT": 1e-5}, "nuimages": {"ViT": 2e-5}},
 def parse(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add_arguments(parser, LR, by_task(LR))
+    add_arguments(parser, {task: PAPER[task] for task in LR}, by_task(LR))
     add("--head-lr", type=POSITIVE,
         help="peak learning rate of the head (default: --lr, the only one that the paper gives)")
     add("--head", choices=("linear", "batchnorm"), default="linear",

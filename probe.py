@@ -71,32 +71,37 @@ def by_task(paper, name=None):
     return "; ".join(words)
 
 
-def add_arguments(parser, tasks, lr):
-    """The flags that probe.py and finetune.py share; lr: the peak rates, for the help."""
+def add_arguments(parser, paper, lr):
+    """The flags that probe.py and finetune.py share.
+
+    paper: as PAPER, of the script's tasks. lr: the peak rates, for the help.
+    """
+    seg3d = "seg3d" in paper
     add = parser.add_argument
     training.add_arguments(parser, out_required=False)
-    add("--task", choices=tasks, required=True,
-        help="seg: the dataset's classes; depth: metres; seg3d: classes on a 3D encoder's features")
+    add("--task", choices=paper, required=True,
+        help="seg: the dataset's classes; depth: metres"
+             + "; seg3d: classes on a 3D encoder's features" * seg3d)
     models.add_arguments(parser, required=True,
-        help="an encoder's name or stage 2's folder; for seg3d stage 1's folder, or released "
-             "weights")
+        help="an encoder's name or stage 2's folder"
+             + "; for seg3d stage 1's folder, or released weights" * seg3d)
     add("--percent", type=int, choices=(1, 10),
         help="of the training scenes: every 100th or 10th in the order of the scene table, as "
              "SLidR's public loader; of nuImages' images in the order of their names "
              "(default: all)")
     add("--cameras",
-        help="all, a channel, or scan: the whole scan, for seg3d "
-             f"(default: {by_task(PAPER, 'cameras')})")
-    add("--epochs", type=COUNT, help=f"(default: {by_task(PAPER, 'epochs')})")
+        help="all, a channel" + ", or scan: the whole scan, for seg3d" * seg3d
+             + f" (default: {by_task(paper, 'cameras')})")
+    add("--epochs", type=COUNT, help=f"(default: {by_task(paper, 'epochs')})")
     add("--batch", type=COUNT,
-        help=f"camera views in a batch, over all processes (default: {by_task(PAPER, 'batch')})")
+        help=f"camera views in a batch, over all processes (default: {by_task(paper, 'batch')})")
     add("--lr", type=POSITIVE, help=f"peak learning rate (default: {lr})")
     add("--end-lr", type=RATE,
-        help=f"learning rate at the end of the cosine (default: {by_task(PAPER, 'end_lr')})")
+        help=f"learning rate at the end of the cosine (default: {by_task(paper, 'end_lr')})")
     add("--warmup-epochs", type=RATE,
-        help=f"epochs from 0 to --lr (default: {by_task(PAPER, 'warmup_epochs')})")
+        help=f"epochs from 0 to --lr (default: {by_task(paper, 'warmup_epochs')})")
     add("--weight-decay", type=RATE,
-        help=f"of AdamW (default: {by_task(PAPER, 'weight_decay')})")
+        help=f"of AdamW (default: {by_task(paper, 'weight_decay')})")
 
 
 def parse(argv=None):
@@ -232,6 +237,7 @@ def set_up(args, encoder, image_size, samplings, points="random", validated=Fals
     depends on the validation split.
     Raises InputError where --out holds a run of other arguments, encoder or frames.
     """
+    # The data, and what a 3D encoder gets of them
     task = TASKS[args.task]
     labelled = task.target == "labels"
     with training.first_process_first():
@@ -244,6 +250,8 @@ def set_up(args, encoder, image_size, samplings, points="random", validated=Fals
         inputs = set_sampling(tables, samplings, "probe")
         encoder.use(inputs)
         prepare = encoder.prepare
+
+    # The frames to learn from
     skip_bad = args.on_bad_frame == "skip"
     chosen = select(tables, "train", limit=args.limit, percent=args.percent or 100,
                     skip_bad=skip_bad)

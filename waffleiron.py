@@ -331,13 +331,17 @@ class WaffleIron(nn.Module):
     def use(self, samplings):
         """Take the planes of clouds of {dataset: sampling}; no weight depends on them.
 
-        Raises InputError where the datasets' differ.
+        Raises InputError where the datasets' differ, or their numbers of neighbours.
         """
         of_each = {plane_sizes(sampling["fov"], sampling["cell"])
                    for sampling in samplings.values()}
         if len(of_each) > 1:
             raise InputError(f"--data: {' and '.join(samplings)} have planes of other sizes; give "
                              "one --fov and --cell for all")
+        neighbors = [str(sampling["neighbors"]) for sampling in samplings.values()]
+        if len(set(neighbors)) > 1:
+            raise InputError(f"--data: {' and '.join(samplings)} have {' and '.join(neighbors)} "
+                             "neighbours; give one --neighbors for all")
         self.spec["grids"] = of_each.pop()
 
     def fingerprint(self):

@@ -40,7 +40,6 @@ import torch
 import models
 from data import Frames, collate, set_sampling
 from experiments.workloads import item_cases, step_cases, waffleiron_cases
-from miniature.world import make_world
 from plumbing import training
 from plumbing.arguments import COUNT, Distinct, Parser, whole
 from plumbing.errors import one_line_errors
@@ -347,6 +346,7 @@ def main(argv=None):
 
     # ---- data ----
     if not args.data:
+        from miniature.world import make_world
         args.data = make_world("runs/bench-world", seed=0, train=(1, 0, 0), val=0, frames=1,
                                image_size=(900, 1600), azimuths=1080, lidar_fov=360, cameras=6,
                                workers=1)

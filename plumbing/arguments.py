@@ -9,19 +9,32 @@ import math
 from plumbing.errors import InputError
 
 
+# What earlier versions called otherwise: part of the message of a refusal, and what it is now
+MOVED = {
+    "arguments: --warmup": "it is --warmup-steps of stage1.py, --warmup-part of stage2.py, "
+                           "--warmup-epochs of probe.py and finetune.py",
+    "arguments: --checkpoint": "it is --recompute",
+    "arguments: --finetune": "it is finetune.py, with the same flags",
+    "invalid choice: 'nuimages'": "it is --task seg --data nuimages=PATH"}
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows its description as it is written.
+    """An ArgumentParser that shows its description as it is written and takes no abbreviations.
 
     A refused command line is an InputError: one line, exit code 2.
     """
 
     def __init__(self, description=None, **options):
+        options = {"allow_abbrev": False} | options
         super().__init__(description=description,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         if message.startswith("argument "):  # shown as "--lr nan: must be a finite number, above 0"
             message = message.removeprefix("argument ").replace(": ", " ", 1)
+        for before, now in MOVED.items():
+            if before in message:
+                raise InputError(f"{message}; {now}")
         raise InputError(f"{message} (--help says what there is)")
 
 

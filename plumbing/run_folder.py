@@ -92,7 +92,8 @@ def find_last(args, made_from=None):
             path.rename(path.with_suffix(".damaged"))
             print(f"{path}: not a checkpoint, or damaged; set aside as {path.stem}.damaged, "
                   "previous.pth is taken", flush=True)
-        print(f"{args.out}: going on from step {checkpoint['step']}", flush=True)
+        what = "finished, at" if checkpoint["step"] == checkpoint.get("total") else "going on from"
+        print(f"{args.out}: {what} step {checkpoint['step']}", flush=True)
     return checkpoint
 
 

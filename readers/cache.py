@@ -84,6 +84,8 @@ def state_of(sources):
     """(path, size, date) of each of these files."""
     state = []
     for path in sources:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give the dataset's root as --data NAME=PATH")
         status = path.stat()
         state.append((str(path), status.st_size, status.st_mtime_ns))
     return tuple(state)

@@ -84,7 +84,11 @@ def sources(root, version=VERSION):
     if not (folder / "sample_data.json").is_file():
         there = sorted(path.name for path in root.glob("v1.0-*") if path.is_dir())
         if there:
-            raise InputError(f"--data {root}: no --version {version}; there is {', '.join(there)}")
+            hint = "give one of them as --version"
+            if "v1.0-train" in there or "v1.0-val" in there:
+                hint = "nuImages is --data nuimages=PATH"
+            raise InputError(f"--data {root}: no --version {version}; there is {', '.join(there)}; "
+                             f"{hint}")
         raise InputError(f"--data {root}: not a nuScenes root (no folder v1.0-*); download "
                          "nuScenes, or make the miniature world with demo.py")
     return sorted(folder.glob("*.json"))

@@ -54,7 +54,8 @@ class FrameTable:
     """The frames `rows` of a dataset. `table["image"]` is a column, of all frames.
 
     name: of the dataset. reader: its module. conditions: names, to which "condition" has indices.
-    sampling: how its scans become points; SAMPLING unless a script sets another.
+    sampling: how its scans become points; SAMPLING unless a script sets another. options: of the
+    reader, as version.
     """
 
     def __init__(self, reader, root, columns, conditions=(), rows=None):
@@ -65,6 +66,7 @@ class FrameTable:
         self.conditions = tuple(conditions)
         self.rows = np.arange(len(columns["split"])) if rows is None else rows
         self.sampling = getattr(reader, "SAMPLING", None)
+        self.options = {}
         self.cameras = []
         if "cameras" in columns:
             self.cameras = [name.decode() for name in columns["cameras"]]
@@ -88,6 +90,7 @@ class FrameTable:
         """The same dataset with other rows."""
         other = FrameTable(self.reader, self.root, self.columns, self.conditions, rows)
         other.sampling = self.sampling
+        other.options = self.options
         return other
 
     def path(self, column, *place):
@@ -117,8 +120,9 @@ class FrameTable:
             rows = rows[np.isin(self["condition"][rows], numbers)]
         if len(rows) == 0:
             under = f" under {', '.join(conditions or self.conditions)}" if self.conditions else ""
+            flags = "".join(f" --{name} {value}" for name, value in self.options.items())
             raise InputError(f"--data {self.root}: no frame of split '{split}'{under}; `python -m "
-                             f"readers.{self.name} --data {self.root}` prints what is there")
+                             f"readers.{self.name} --data {self.root}{flags}` prints what is there")
         chosen = self.only(rows)
         if not skip_bad:
             chosen.refuse_bad()
@@ -190,6 +194,7 @@ class FrameTable:
             how_many = "yes" if labelled.all() else "in part" if labelled.any() else "no"
             about.append(f"labels: {how_many}")
         width = max(10, *map(len, self.conditions)) if self.conditions else 10
+        # A line for each split and condition that has frames
         lines = [f"{self.root}: {', '.join(about)}",
                  f"  {'split':6} {'condition':{width}} scenes  frames  images"]
         for split in np.unique(self["split"][self.rows]):
@@ -251,6 +256,11 @@ def open_tables(data, version=None, look=True, here=False):
     not there.
     """
     found = entries(data) if isinstance(data, str) else data
+    for name, path in found:
+        if not Path(path).exists():
+            names = " or ".join(f"{name}=" for name in datasets())
+            hint = f"; each dataset begins with {names}" if set(str(path)) & set("=,") else ""
+            raise InputError(f"--data {path}: no such folder{hint}")
     readers = [importlib.import_module(f"readers.{name}") for name, _ in found]
     versioned = [has_versions(reader) for reader in readers]
     if version and not any(versioned):
@@ -259,6 +269,7 @@ def open_tables(data, version=None, look=True, here=False):
     for reader, (_, path), takes_it in zip(readers, found, versioned):
         options = {"version": version} if version and takes_it else {}
         tables.append(_open(reader, Path(path).resolve(), options, look, here))
+        tables[-1].options = options
     return tables
 
 

@@ -16,7 +16,7 @@ import waffleiron
 from experiments import ablations, bench, corruptions, reproduce, visualize
 from miniature import overview, pretrain, world
 from plumbing.arguments import Distinct, Parser, real, whole
-from plumbing.errors import one_line_errors
+from plumbing.errors import InputError, one_line_errors
 from plumbing.training import Batches
 from readers import nuscenes, table
 
@@ -148,3 +148,15 @@ def test_seeds_may_be_times_in_nanoseconds():
     orders = [Batches(items=50, batch=10, first=0, last=5, seed=s).of(0)
               for s in (seed, seed, seed + 1)]
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("script, flags, now", [
+    ("stage1", "--data x --out y --warmup 0", "it is --warmup-steps of stage1.py"),
+    ("stage2", "--data x --out y --stage1 z --checkpoint", "it is --recompute"),
+    ("probe", "--data x --encoder y --task seg --finetune", "it is finetune.py"),
+    ("probe", "--data x --encoder y --task nuimages", "it is --task seg --data nuimages=PATH"),
+    ("probe", "--data x --encoder y --task seg --warmup-e 0", "arguments: --warmup-e")])
+def test_what_had_another_name_is_said(script, flags, now):
+    """No abbreviation is taken: --warmup would have another unit in each script."""
+    with pytest.raises(InputError, match=now):
+        SCRIPTS[script][0](flags.split())

@@ -70,7 +70,7 @@ def carry_out(recipe, project, world, prepared=None):
             (project / name).write_text(text)
         elif language == "diff":
             change(project / name, text)
-        else:
+        elif language == "bash":
             for before, after in (replaced | (prepared or {})).items():
                 text = text.replace(before, after)
             for line in text.splitlines():
@@ -93,6 +93,9 @@ def test_the_page_has_the_six_recipes():
 @pytest.mark.slow
 def test_a_dataset(project, world, tmp_path):
     my_drives(world, tmp_path / "mydrive")
+    (frame,) = [json.loads(text) for _, kind, text in blocks("A dataset") if kind == "json"]
+    written = json.loads((tmp_path / "mydrive/frames.json").read_text())
+    assert written[0].keys() == frame.keys()
     printed = carry_out("A dataset", project, world, {"/data/mydrive": str(tmp_path / "mydrive")})
     assert re.search(r"train +full +2 +2 +2", printed[0])
     stage1 = torch.load(project / "runs/s1-mine/last.pth", weights_only=True)

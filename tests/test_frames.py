@@ -332,3 +332,9 @@ def test_data_without_labels_is_refused(one):
     del unlabelled.reader.CLASSES
     with pytest.raises(InputError, match="--task seg: dense has no labels"):
         classes_of([unlabelled], "seg")
+
+
+def test_labels_of_another_number_than_points_are_named(one, monkeypatch):
+    monkeypatch.setattr(nuscenes, "labels", lambda path, count=None: np.zeros(count - 5, np.uint8))
+    with pytest.raises(InputError, match=r"_lidarseg.bin: \d+ labels for \d+ points; write both"):
+        Frames([one], "all", SIZE, target="labels")[0, 0]

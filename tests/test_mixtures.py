@@ -77,7 +77,7 @@ def test_a_mixture_is_not_one_of_its_parts(both, world, first, tmp_path, capsys)
     assert "now: frames 6" in message
     # one root by its name is the bare path
     stage1.main(stage1_args(f"nuscenes={world}", tmp_path / "s1", "--steps", "2"))
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "s1: finished, at step 2" in capsys.readouterr().out
 
 
 def test_a_limit_holds_for_all_of_them(both, tmp_path):
@@ -127,7 +127,7 @@ def test_a_mixture_of_which_a_part_is_gone(world, other, second, tmp_path, capsy
     (out / "results.json").unlink()
     message = fails_with_one_line(
         capsys, evaluation.main, eval_args(out, out=tmp_path / "none"))
-    assert f"--data {gone}: not a nuScenes root" in message
+    assert f"--data {gone}: no such folder" in message
 
 
 @pytest.mark.parametrize("task", ["seg", "seg3d"])

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from waffleirons import seed  # noqa: F401 (a fixture)
 from waffleirons import GRIDS, SMALL, in_double, load_golden, random_cloud, with_points
 
+from plumbing.errors import InputError
+from readers.nuscenes import SAMPLING
 from releases.scalr import from_released, published
 from waffleiron import WaffleIron, plan_window
 
@@ -289,3 +291,13 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
         for name, buffer in buffers.items():
             same(rank[3][name].double(), buffer.double())
     same(torch.cat([rank[4] for rank in ranks]), output_eval)
+
+
+def test_datasets_have_one_grid_and_one_number_of_neighbors():
+    model = WaffleIron(channels=8, depth=1, out_channels=4)
+    model.use({"a": SAMPLING | {"cell": 1.0}, "b": SAMPLING | {"cell": 1.0, "voxel": 0.4}})
+    assert model.spec["grids"] == ((128, 128), (128, 16), (128, 16))
+    with pytest.raises(InputError, match="a and b have planes of other sizes; give one --fov"):
+        model.use({"a": SAMPLING, "b": SAMPLING | {"fov": (48, 48, 8)}})
+    with pytest.raises(InputError, match="a and b have 16 and 6 neighbours; give one --neighbors"):
+        model.use({"a": SAMPLING, "b": SAMPLING | {"neighbors": 6}})
