@@ -40,8 +40,9 @@ from tqdm import tqdm
 from plumbing import training
 from plumbing.atomic import read_json, write_json
 from plumbing.errors import InputError, say
+from plumbing.files import read_bytes
 from readers.conditions import COPY, FILE, scenes_of
-from readers.files import read_bytes, read_image
+from readers.files import read_image
 
 STEPS = 20  # of `enlarged`
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from plumbing.errors import InputError, say
-from readers.files import WAYS_OUT, looks_like, unreadable
+from plumbing.files import WAYS_OUT, looks_like, unreadable
 
 NUMPY_NUMBER = np.float64(0).__reduce__()[0]  # makes a number of a type and bytes
 ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,

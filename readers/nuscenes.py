@@ -139,7 +139,8 @@ def _damage(root, scan, labels, images):
         return ""
 
     # readers.files needs torch, and only a damaged frame needs readers.files
-    from readers.files import looks_like, other_layout, way_out, wider_labels
+    from plumbing.files import looks_like
+    from readers.files import other_layout, way_out, wider_labels
     content = Path(root, scan).read_bytes()
     guess = looks_like(content) or other_layout(content)
     if labels and not guess:
