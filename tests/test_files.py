@@ -173,12 +173,15 @@ def test_a_file_that_is_not_there(tmp_path, reader):
 def test_too_little_memory_is_not_the_file_s_fault(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise MemoryError
-    monkeypatch.setattr(files, "decode_jpeg", fails)
-    monkeypatch.setattr(torch, "load", fails)
-    (tmp_path / "file").write_bytes(jpeg())
-    for reader in ("image", "checkpoint"):
-        with pytest.raises(MemoryError):
-            READERS[reader](tmp_path / "file")
+    files.can_be_watched.cache_clear()  # nor the decoder's, which is tried at the first image
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "decode_jpeg", fails)
+        patched.setattr(torch, "load", fails)
+        (tmp_path / "file").write_bytes(jpeg())
+        for reader in ("image", "checkpoint"):
+            with pytest.raises(MemoryError):
+                READERS[reader](tmp_path / "file")
+    assert files.can_be_watched()
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
@@ -217,6 +220,7 @@ def test_safetensors_are_named(tmp_path):
 
 def test_the_bench_says_what_the_checks_cost(world, monkeypatch):
     frames = Frames([open_one(world).only(np.array([0]))], "all", (40, 80), prepare)
+    files.can_be_watched()  # it is tried once in a process, and is no item's cost
     monkeypatch.setattr(bench, "seconds", lambda run, device: (run(), 1.5)[1])
     line = bench.check_cost(frames, 3)
     assert line.endswith("image of a data item: 3000.00 of 1500.0 ms, 200.0%.")
