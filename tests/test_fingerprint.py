@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_moved_sources_and_not_with_others(world, moved, tmp_
     indexed(shutil.copytree(world, tmp_path / "data"))
     shutil.copytree(s1, tmp_path / "elsewhere")
     stage2.main(stage2_args(tmp_path / "data", tmp_path / "elsewhere", s2, *ONE_STEP))
-    assert "going on from step 1" in capsys.readouterr().out
+    assert "finished, at step 1" in capsys.readouterr().out
     # Other data
     other = other_data(world, tmp_path / "other")
     message = fails_with_one_line(capsys, stage2.main, stage2_args(other, s1, s2, *ONE_STEP))
