@@ -208,6 +208,7 @@ def test_an_unknown_condition_of_stage_1_is_one_line(copy, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_stage_1_learns_from_a_new_condition(copy, tmp_path):
     clear = scenes(copy, "train", "day-clear")
     name(copy, dict.fromkeys(clear[:3], "fog"))

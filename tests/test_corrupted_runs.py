@@ -75,6 +75,7 @@ def test_probes_on_corrupted_images(world, probes, tmp_path, capsys):
     assert text.count("(+0.00)") == 4 and len(text.splitlines()) == 8
 
 
+@pytest.mark.slow
 def test_loading_processes_draw_the_same(probes, tmp_path):
     found = []
     for workers in (0, 1):
@@ -84,6 +85,7 @@ def test_loading_processes_draw_the_same(probes, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_takes_the_copies(world, probes, tmp_path, capsys):
     more = ["--corruptions", "motion_blur", "--data", str(world)]
     rows = evaluate(probes / "depth", out=tmp_path / "table", more=more)
@@ -144,6 +146,7 @@ def test_stage2_goes_on_with_the_same_corruption_only(world, first, scans, tmp_p
     assert largest_difference(model_of(tmp_path / "again"), model_of(tmp_path / "noisy")) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_stage2_goes_on_with_the_same_clouds_only(world, first, tmp_path, capsys,
                                                             monkeypatch):
     copies = {severity: make(world, tmp_path / severity, "density_decrease", severity, "--sensor",
@@ -169,6 +172,7 @@ def test_a_stopped_stage2_goes_on_with_the_same_clouds_only(world, first, tmp_pa
 
 # ---- clean and corrupted together ----------------------------------------------------------------
 
+@pytest.mark.slow
 def test_clean_and_corrupted_frames_together(world, first, tmp_path, capsys):
     foggy = make(world, tmp_path / "foggy", "fog", 3, "--image-size", "80", "160")
     both = f"nuscenes={world},nuscenes={foggy}"
@@ -194,6 +198,7 @@ def test_clean_and_corrupted_frames_together(world, first, tmp_path, capsys):
 
 # ---- the picture, and bad input ------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_picture(world, tmp_path):
     from PIL import Image
     out = tmp_path / "new" / "show.png"

@@ -23,6 +23,7 @@ def second(world, first, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["seg", "depth"])
 def test_finetuning_and_its_evaluation(world, second, tmp_path, task):
     # of 8 images, 2 a batch: the third epoch ends with the run
@@ -112,6 +113,7 @@ def test_what_it_is_not_for_is_one_line(world, second, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_other_frames_of_validation_are_another_run(copy, second, tmp_path, capsys):
     """best.pth is chosen by them."""
     args = probe_args(copy, "seg", second, tmp_path / "p", "--steps", "1")

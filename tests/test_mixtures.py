@@ -53,6 +53,7 @@ def second(world, first, tmp_path_factory):
 
 # ---- two roots -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_both_stages_learn_from_two_roots(both, world, other, tmp_path, capsys):
     s1, s2 = tmp_path / "s1", tmp_path / "s2"
     stage1.main(stage1_args(both, s1, "--steps", "2"))
@@ -110,6 +111,7 @@ def test_a_probe_on_two_roots_is_judged_on_both(both, world, other, second, tmp_
     assert len(list(out.glob("results-*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_mixture_of_which_a_part_is_gone(world, other, second, tmp_path, capsys):
     """Its result is shown as it was stored; without one, the part is named."""
     gone = shutil.copytree(other, tmp_path / "gone")
@@ -165,6 +167,7 @@ def test_two_processes_learn_from_two_roots(both, first, tmp_path, script):
 
 # ---- nuImages ------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_probe_of_nuimages_and_its_evaluation(images, second, tmp_path, capsys):
     frozen, trained = tmp_path / "frozen", tmp_path / "trained"
     data = f"nuimages={images}"
@@ -227,6 +230,7 @@ def test_a_probe_is_not_judged_on_other_classes(images, world, second, tmp_path,
     assert f"--data {images}: no --version v1.0-trainval" in refusal("points", str(images))
 
 
+@pytest.mark.slow
 def test_one_version_of_nuimages_may_be_without_validation(images, world, second, tmp_path):
     args = probe_args(f"nuimages={images}", "seg", second, tmp_path / "p", "--steps", "1")
     probe.main([*args, "--batch", "1", "--version", "v1.0-train"])
@@ -235,6 +239,7 @@ def test_one_version_of_nuimages_may_be_without_validation(images, world, second
 
 # ---- conditions ----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_conditions_of_any_data_stand_side_by_side(copy, other, images, second, tmp_path):
     """conditions.json brings a name of its own; nuImages states none; one world has no rain."""
     scenes = json.loads((copy / "v1.0-trainval/scene.json").read_text())

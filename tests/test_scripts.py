@@ -82,6 +82,7 @@ def test_probe_and_evaluation(world, first, second, tmp_path, task, cache, capsy
     assert (runs[0] / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_one_percent_of_the_labels(world, second, tmp_path, capsys):
     out = tmp_path / "p"
     percent = ["--percent", "10", "--steps", "1", "--batch", "1"]

@@ -221,6 +221,7 @@ def test_help_is_there_at_once(name):
     assert not {"NuScenes", "pyquaternion", "pycocotools"} & imported(done)
 
 
+@pytest.mark.slow
 def test_the_counts_are_printed_without_torch(copy):
     for _ in range(2):  # as it is read, and from the cache
         done = run("nuscenes", "--data", str(copy))
