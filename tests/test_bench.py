@@ -203,6 +203,7 @@ class OutOfMemory:
         return [out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precisions", [("fp32", "bf16"), ("bf16",)])
 def test_plain_out_of_memory_leaves_ours_measured(monkeypatch, precisions):
     learner = nn.Linear(3, 2)
@@ -226,6 +227,7 @@ def test_plain_out_of_memory_leaves_ours_measured(monkeypatch, precisions):
     assert "0.0 hours" in bench.whole_run(row, 1, 1, "a view")
 
 
+@pytest.mark.slow
 def test_plain_out_of_memory_in_float32_alone_is_measured_in_bfloat16():
     learner = nn.Linear(3, 2)
     row = bench.measure(Case("a name", OutOfMemory(learner, ["fp32"]), learner=learner), "bf16", 1)

@@ -70,6 +70,7 @@ def test_both_stages_learn_from_two_roots(both, world, other, tmp_path, capsys):
     assert 1 < lines(s2)[-1]["loss"] < 1.6
 
 
+@pytest.mark.slow
 def test_a_mixture_is_not_one_of_its_parts(both, world, first, tmp_path, capsys):
     shutil.copytree(first, tmp_path / "s1")
     message = fails_with_one_line(
@@ -189,6 +190,7 @@ def test_a_probe_of_nuimages_and_its_evaluation(images, second, tmp_path, capsys
     assert sorted(path.name for path in frozen.glob("results*")) == ["results.json"]  # same frames
 
 
+@pytest.mark.slow
 def test_what_a_dataset_lacks_is_one_line(images, world, first, second, tmp_path, capsys):
     out, data = tmp_path / "out", f"nuimages={images}"
     no_scans = f"--data {images}: nuimages has no LiDAR scans"

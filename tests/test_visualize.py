@@ -181,6 +181,7 @@ def test_tsne_needs_images_of_the_night(world, table, tmp_path, monkeypatch, cap
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_what_takes_long_to_import_waits_until_it_is_used():
     slow = "{'matplotlib', 'sklearn', 'torchvision', 'nuscenes', 'transformers', 'onnx'}"
     scripts = "experiments.visualize, export, miniature.overview"
