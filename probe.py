@@ -76,22 +76,22 @@ def add_arguments(parser, paper, lr):
 
     paper: as PAPER, of the script's tasks. lr: the peak rates, for the help.
     """
-    seg3d = "seg3d" in paper
+    tasks = "seg: the dataset's classes; depth: metres"
+    encoders = "an encoder's name or stage 2's folder"
+    cameras = "all, or a channel"
+    if "seg3d" in paper:
+        tasks += "; seg3d: classes on a 3D encoder's features"
+        encoders += "; for seg3d stage 1's folder, or released weights"
+        cameras += ", or scan: the whole scan, for seg3d"
     add = parser.add_argument
     training.add_arguments(parser, out_required=False)
-    add("--task", choices=paper, required=True,
-        help="seg: the dataset's classes; depth: metres"
-             + "; seg3d: classes on a 3D encoder's features" * seg3d)
-    models.add_arguments(parser, required=True,
-        help="an encoder's name or stage 2's folder"
-             + "; for seg3d stage 1's folder, or released weights" * seg3d)
+    add("--task", choices=paper, required=True, help=tasks)
+    models.add_arguments(parser, required=True, help=encoders)
     add("--percent", type=int, choices=(1, 10),
         help="of the training scenes: every 100th or 10th in the order of the scene table, as "
              "SLidR's public loader; of nuImages' images in the order of their names "
              "(default: all)")
-    add("--cameras",
-        help="all, a channel" + ", or scan: the whole scan, for seg3d" * seg3d
-             + f" (default: {by_task(paper, 'cameras')})")
+    add("--cameras", help=f"{cameras} (default: {by_task(paper, 'cameras')})")
     add("--epochs", type=COUNT, help=f"(default: {by_task(paper, 'epochs')})")
     add("--batch", type=COUNT,
         help=f"camera views in a batch, over all processes (default: {by_task(paper, 'batch')})")

@@ -48,6 +48,24 @@ def first(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def second(world, first, tmp_path_factory):
+    """Folder of a stage 2 of two steps after `first`."""
+    from runs import stage2_args
+
+    import stage2
+    out = tmp_path_factory.mktemp("runs") / "s2"
+    stage2.main(stage2_args(world, first, out, "--steps", "2"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def probes(world, tmp_path_factory):
+    """Folder of the folders of two probes in 2D, "seg" and "depth"."""
+    from pictures import two_probes
+    return two_probes(world, tmp_path_factory.mktemp("probes"))
+
+
+@pytest.fixture(scope="session")
 def real():
     """Root of one real nuScenes keyframe (v1.0-mini), which is not part of the repository."""
     root = SHARED / "real" / "nuscenes"

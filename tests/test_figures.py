@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import CPU, SIZE, scans, texts, two_probes
+from pictures import CPU, SIZE, scans, texts
 from runs import open_one
 
 import eval as evaluation
@@ -27,11 +27,6 @@ from readers.table import FrameTable
 @pytest.fixture(scope="module")
 def table(world):
     return open_one(world)
-
-
-@pytest.fixture(scope="module")
-def probes(world, tmp_path_factory):
-    return two_probes(world, tmp_path_factory.mktemp("probes"))
 
 
 def colour_bar(figure, panels):

@@ -4,23 +4,14 @@ import json
 import pytest
 import torch
 from runs import (checkpoint_of, eval_args, fails_with_one_line, largest_difference, lines,
-                  probe_args, stage2_args)
+                  probe_args)
 
 import eval as evaluation
 import finetune
 import probe
-import stage2
 from models import load_image_encoder
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def second(world, first, tmp_path_factory):
-    """Folder of a stage 2 of two steps after `first`."""
-    out = tmp_path_factory.mktemp("runs") / "s2"
-    stage2.main(stage2_args(world, first, out, "--steps", "2"))
-    return out
 
 
 @pytest.mark.slow

@@ -43,14 +43,6 @@ def both(world, other):
     return f"nuscenes={world},nuscenes={other}"
 
 
-@pytest.fixture(scope="module")
-def second(world, first, tmp_path_factory):
-    """Folder of a stage 2 of two steps after `first`."""
-    out = tmp_path_factory.mktemp("runs") / "s2"
-    stage2.main(stage2_args(world, first, out, "--steps", "2"))
-    return out
-
-
 # ---- two roots -----------------------------------------------------------------------------------
 
 @pytest.mark.slow

@@ -27,14 +27,6 @@ CPU = torch.device("cpu")
 COLUMNS = ["full", *CONDITIONS]
 
 
-@pytest.fixture(scope="module")
-def second(world, first, tmp_path_factory):
-    """Folder of a stage 2 of two steps after `first`."""
-    out = tmp_path_factory.mktemp("runs") / "s2"
-    stage2.main(stage2_args(world, first, out, "--steps", "2"))
-    return out
-
-
 # ---- two steps -----------------------------------------------------------------------------------
 
 def test_stage1_writes_what_stage2_needs(first):

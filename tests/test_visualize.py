@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from pictures import CPU, SIZE, scans, texts, two_probes
+from pictures import CPU, SIZE, scans, texts
 from PIL import Image
 from runs import fails_with_one_line, open_one
 
@@ -24,11 +24,6 @@ from vit import ViT
 @pytest.fixture(scope="module")
 def table(world):
     return open_one(world)
-
-
-@pytest.fixture(scope="module")
-def probes(world, tmp_path_factory):
-    return two_probes(world, tmp_path_factory.mktemp("probes"))
 
 
 def changed(table, **columns):
