@@ -39,19 +39,22 @@ def select(tables, split, conditions=None, limit=None, percent=100, skip_bad=Fal
     return chosen
 
 
-def set_sampling(tables, stored=None, task=None):
+def set_sampling(tables, stored=None, task=None, flags=None):
     """Set how the scans of these tables become points. Returns {dataset: sampling}.
 
     It is what a checkpoint says, `stored` {dataset: sampling}, else the dataset's SAMPLING. The
-    entry of SAMPLING for the task, "probe" or "finetune", replaces values of either. Raises
-    InputError for a dataset without scans.
+    entry of SAMPLING for the task, "probe" or "finetune", replaces values of either. flags: values
+    that stage 1 was given by hand. They hold for every dataset and task. Raises InputError for a
+    dataset without scans.
     """
+    flags = flags or {}
     known = {}
     for table in tables:
         if not table.sampling:
             raise InputError(f"--data {table.root}: {table.name} has no LiDAR scans, which both "
                              "stages and seg3d need; probe.py --task seg takes it")
-        sampling = (stored or {}).get(table.name, table.sampling) | table.sampling.get(task, {})
+        sampling = (stored or {}).get(table.name, table.sampling)
+        sampling = sampling | table.sampling.get(task, {}) | flags
         for name in ("probe", "finetune"):
             sampling.pop(name, None)
         known[table.name] = table.sampling = sampling
@@ -60,15 +63,15 @@ def set_sampling(tables, stored=None, task=None):
 
 # ---- what a camera sees --------------------------------------------------------------------------
 
-def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
+def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0, margin=1):
     """The points that a camera sees.
 
     Args:
         xyz: [N, 3] in the LiDAR's frame. cam_from_lidar: [4, 4]. intrinsics: [3, 3].
         size: (H, W) of the raw image.
     Returns: visible [M] int, pixels [M, 2] (row, col) in the raw image, depths [M] in metres.
-    A point is visible if it is more than min_depth away and 0 < row < H-1, 0 < col < W-1
-    (nuscenes-devkit's rule, whose margin is 1).
+    A point is visible if it is more than min_depth ahead and 0 < row < H - margin,
+    0 < col < W - margin (nuscenes-devkit's rule, with a margin of 1, for all datasets).
     """
     # Into the camera's frame, z ahead
     camera = cam_from_lidar[:3, :3] @ xyz.T + cam_from_lidar[:3, 3:]  # [3, N]
@@ -76,7 +79,7 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0):
     # Onto its image
     col, row, depth = intrinsics @ camera[:, ahead]
     row, col = row / depth, col / depth
-    inside = (row > 0) & (row < size[0] - 1) & (col > 0) & (col < size[1] - 1)
+    inside = (row > 0) & (row < size[0] - margin) & (col > 0) & (col < size[1] - margin)
     return ahead[inside], np.column_stack([row[inside], col[inside]]), depth[inside]
 
 
@@ -159,6 +162,7 @@ class Frames(torch.utils.data.Dataset):
             its number and why.
 
     An item is a dict: condition (index into `conditions`, -1 where the dataset states none);
+    of several datasets also dataset (index into `datasets`);
     image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized image; depths [N] metres; labels
     [N]; inputs, what the 3D encoder eats: {name: [N, ...]}; nearest [A] of all A points. With
     neither target nor 3D encoder there is only the image, and no scan is read.
@@ -169,7 +173,7 @@ class Frames(torch.utils.data.Dataset):
     def __init__(self, tables, cameras="all", image_size=None, prepare=None, target=None,
                  points="first", skip_bad=False, seed=0):
         for table in tables:
-            check_table(table, cameras, target)
+            table.require(cameras, target)
         self.tables = tables
         self.cameras = cameras
         self.image_size = image_size
@@ -181,6 +185,7 @@ class Frames(torch.utils.data.Dataset):
         self.dense = any("scan" not in table for table in tables)
         of_tables = [name for table in tables for name in table.conditions]
         self.conditions = tuple(dict.fromkeys(of_tables))
+        self.datasets = tuple(dict.fromkeys(table.name for table in tables))
         # Numbers of the first item and of the first frame of each table, and what comes after
         self.first_item = np.cumsum([0, *(len(table) * self.views(table) for table in tables)])
         self.first_frame = np.cumsum([0, *(len(table["split"]) for table in tables)])
@@ -251,6 +256,8 @@ class Frames(torch.utils.data.Dataset):
 
         # As tensors
         item = {"condition": self.condition_of(table, frame)}
+        if len(self.datasets) > 1:
+            item["dataset"] = self.datasets.index(table.name)
         if camera is not None and self.image_size is not None:
             item["image"] = read_image(table.path("image", frame, camera), self.image_size,
                                        table["image_size"][frame, camera])
@@ -312,22 +319,6 @@ class Frames(torch.utils.data.Dataset):
         return take(points, rows), inputs
 
 
-def check_table(table, cameras, target):
-    """Raise InputError where a dataset has no such camera or target, or frames have no labels."""
-    known = ["random", "all", *(["scan"] if "scan" in table else []), *table.cameras]
-    if cameras not in known:
-        raise InputError(f"--cameras {cameras}: choose one of {', '.join(known)}")
-    if target == "depths" and "scan" not in table:
-        raise InputError(f"--data {table.root}: {table.name} has no depths")
-    if target != "labels" or hasattr(table.reader, "labels_of"):
-        return
-    paths = table.columns.get("labels", np.zeros(len(table["split"]), "S1"))
-    unlabelled = np.count_nonzero(paths[table.rows] == b"")
-    if unlabelled:
-        raise InputError(f"--data {table.root}: {unlabelled} of {len(table)} frames have no "
-                         "labels; they may be in an archive of their own (nuScenes: lidarseg)")
-
-
 def as_tensor(values):
     """A tensor of an array; pixels and depths are computed in double precision and end as float."""
     if values.dtype == np.float64:
@@ -355,7 +346,8 @@ def next_good(frames, key):
 
 # How the values of a field of several items become one. `inputs` has fields of its own: each has a
 # row a point, and they stand one below the other.
-JOIN = {"condition": torch.tensor, "image": torch.stack, "bad": lambda lists: sum(lists, []),
+JOIN = {"condition": torch.tensor, "dataset": torch.tensor, "image": torch.stack,
+        "bad": lambda lists: sum(lists, []),
         "pixels": torch.cat, "depths": torch.cat, "labels": torch.cat, "nearest": torch.cat,
         "features": torch.cat}  # of a cached encoder
 NUMBERS = ("neighbors", "nearest")  # they number points of an item, and become rows of the batch

@@ -26,7 +26,7 @@ from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, differences, digest, of_frames, of_weights
 from plumbing.weights import load_checkpoint, load_strictly, located, say_if_unfinished
 from probe import TASKS, classes_of
-from readers.table import entries, has_versions, open_tables
+from readers.table import entries, has_versions, hold_out, open_tables
 from results import results_table
 
 # ---- one probe -----------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def protocol_of(probe, frames=None):
     protocol = {"data": " and ".join(dict.fromkeys(datasets)), "classes": list(probe["classes"]),
                 "cameras": args["cameras"], "head": probe["head"], "limit": args.get("limit"),
                 "finetune": bool(probe.get("encoder_weights")),
-                "percent": args.get("percent") or 100, "scenes": probe.get("scenes")}
+                "percent": args.get("percent") or 100, "scenes": probe.get("scenes"),
+                "val_scenes": args.get("val_scenes")}
     # At which points it is judged: the 3D encoder's, or pixels of the resized image
     if samplings and args["cameras"] != "scan":
         protocol["fov"] = [list(sampling["fov"]) for sampling in samplings.values()]
@@ -172,11 +173,14 @@ class Evaluation:
         versioned = any(has_versions(name) for name, _ in there)
         with training.first_process_first():
             tables = open_tables(there, args["version"] if versioned else None, look=None)
+        if {name for name, _ in there} == {name for name, _ in home}:
+            hold_out(tables, args.get("val_scenes"))
         check_classes(tables, self.probe)
         tables = select(tables, "val")
         prepare = None
         if self.probe["samplings"]:
-            self.encoder.use(set_sampling(tables, self.probe["samplings"], "probe"))
+            self.encoder.use(set_sampling(tables, self.probe["samplings"], "probe",
+                                          self.probe.get("sampling_flags")))
             prepare = self.encoder.prepare
         self.frames = Frames(tables, args["cameras"], image_size, prepare, self.task.target,
                              points="every" if args["cameras"] == "scan" else "first")

@@ -99,7 +99,7 @@ def main(argv=None):
     # ---- encoder and data ----
     with training.first_process_first():
         encoder, image_size, _, dim = load_encoder(args)
-    run = set_up(args, encoder, image_size, None, validated=True)  # best.pth is chosen by it
+    run = set_up(args, encoder, image_size, {}, validated=True)  # best.pth is chosen by it
     held_out = Frames(select(run.tables, "val"), args.cameras, image_size, target=task.target,
                       seed=args.seed)
     first = run.checkpoint["step"] if run.checkpoint else 0

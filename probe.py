@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import models
+from cached import Cached
 from data import Frames, collate, select, set_sampling
 from distill import features_at_pixels
 from heads import linear_head
@@ -33,10 +34,10 @@ from plumbing.arguments import COUNT, POSITIVE, RATE, Parser
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import entries, open_tables
+from readers.table import entries, hold_out, open_tables
 
-# The papers' hyper-parameters by task, then dataset (C.3; seg3d: ScaLR supplement B.3). A dataset
-# without a row takes nuScenes'. lr and end_lr are the peak and the end of the cosine.
+# The papers' hyper-parameters by task, then dataset (C.3; seg3d: ScaLR supplement B.3). What a
+# dataset's row does not have is nuScenes'. lr and end_lr are the peak and the end of the cosine.
 PAPER = {
     "seg": {
         "nuscenes": dict(
@@ -48,11 +49,16 @@ PAPER = {
     "depth": {
         "nuscenes": dict(
             cameras="CAM_FRONT", epochs=10, batch=16, lr={"ViT": 1e-2, "ResNet-50": 1e-1},
-            end_lr=0.0, warmup_epochs=0, weight_decay=1e-4, head="linear")},
+            end_lr=0.0, warmup_epochs=0, weight_decay=1e-4, head="linear"),
+        "semantickitti": dict(cameras="image_2"),
+        "pandaset64": dict(cameras="front_camera"),
+        "pandasetgt": dict(cameras="front_camera")},
     "seg3d": {
         "nuscenes": dict(
             cameras="scan", epochs=20, batch=8, lr=1e-3,
-            end_lr=1e-5, warmup_epochs=2, weight_decay=3e-3, head="batchnorm")},
+            end_lr=1e-5, warmup_epochs=2, weight_decay=3e-3, head="batchnorm"),
+        "pandaset64": dict(epochs=50),
+        "pandasetgt": dict(epochs=50)},
 }
 
 
@@ -63,6 +69,8 @@ def by_task(paper, name=None):
     words = []
     for task, rows in paper.items():
         for dataset, row in rows.items():
+            if name and name not in row:
+                continue
             value = row[name] if name else row
             if isinstance(value, dict):
                 value = ", ".join(f"{family} {number}" for family, number in value.items())
@@ -89,8 +97,8 @@ def add_arguments(parser, paper, lr):
     models.add_arguments(parser, required=True, help=encoders)
     add("--percent", type=int, choices=(1, 10),
         help="of the training scenes: every 100th or 10th in the order of the scene table, as "
-             "SLidR's public loader; of nuImages' images in the order of their names "
-             "(default: all)")
+             "SLidR's public loader; of SemanticKITTI's scans and nuImages' images in the order of "
+             "their names (default: all)")
     add("--cameras", help=f"{cameras} (default: {by_task(paper, 'cameras')})")
     add("--epochs", type=COUNT, help=f"(default: {by_task(paper, 'epochs')})")
     add("--batch", type=COUNT,
@@ -123,7 +131,7 @@ def fill_in(args, paper, script):
     """Set what was not given: to the paper's values, and --out to a folder of its own."""
     datasets = list(dict.fromkeys(name for name, _ in entries(args.data)))
     rows = paper[args.task]
-    for name, value in rows.get(datasets[0], rows["nuscenes"]).items():
+    for name, value in (rows["nuscenes"] | rows.get(datasets[0], {})).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if not args.out:
@@ -186,7 +194,7 @@ TASKS = {
 # ---- encoder and data ----------------------------------------------------------------------------
 
 def load_encoder(args):
-    """(encoder, image size or None, samplings of a 3D encoder's checkpoint, width) of the flags.
+    """(encoder, image size or None, stage 1's checkpoint of a 3D encoder, width) of the flags.
 
     Sets args.lr to the rate of the encoder's family.
     """
@@ -195,12 +203,12 @@ def load_encoder(args):
         if not stage1:
             say(f"{args.encoder}: released weights; points and planes as the dataset's SAMPLING "
                 "says")
-        return encoder, None, stage1.get("samplings"), encoder.spec["channels"]
+        return encoder, None, stage1, encoder.spec["channels"]
     encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature,
                                         careful=False)
     image_size = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE)
     args.lr = models.of_family(args.lr, encoder)
-    return encoder, encoder.check_size(image_size), None, encoder.dim
+    return encoder, encoder.check_size(image_size), {}, encoder.dim
 
 
 def classes_of(tables, task):
@@ -230,24 +238,25 @@ class Run(NamedTuple):
     about: dict               # what the run's checkpoints say of it
 
 
-def set_up(args, encoder, image_size, samplings, points="random", validated=False):
+def set_up(args, encoder, image_size, stage1, points="random", validated=False):
     """The Run of the flags. All processes must call it.
 
-    samplings: of a 3D encoder's checkpoint. points: see `Frames`. validated: whether the run
-    depends on the validation split.
+    stage1: the checkpoint of a 3D encoder, else {}. points: see `Frames`. validated: whether the
+    run depends on the validation split.
     Raises InputError where --out holds a run of other arguments, encoder or frames.
     """
     # The data, and what a 3D encoder gets of them
     task = TASKS[args.task]
     labelled = task.target == "labels"
     with training.first_process_first():
-        tables = open_tables(args.data, args.version, look=False)
+        tables = hold_out(open_tables(args.data, args.version, look=False), args.val_scenes)
     for table in tables:
         say(table.summary())
     classes = classes_of(tables, args.task)
     prepare, inputs = None, {"image_size": image_size}
     if args.task == "seg3d":
-        inputs = set_sampling(tables, samplings, "probe")
+        inputs = set_sampling(tables, stage1.get("samplings"), "probe",
+                              stage1.get("sampling_flags"))
         encoder.use(inputs)
         prepare = encoder.prepare
 
@@ -268,49 +277,23 @@ def set_up(args, encoder, image_size, samplings, points="random", validated=Fals
     checkpoint = find_last(args, made_from)
 
     # Which part of the data --percent is
-    scenes = [scene for table in chosen for scene in table.scenes()]
-    if args.percent:
-        of_set = f"scenes: {', '.join(scenes)}" if scenes else f"set: {len(frames)} images, by name"
-        say(f"{args.percent} % of the training {of_set}")
+    by_scene = [table for table in chosen if table.share == "scenes"]
+    scenes = [scene for table in by_scene for scene in table.scenes()]
+    for table in chosen if args.percent else ():
+        part = f"scenes: {', '.join(table.scenes())}"
+        if table.share == "frames":
+            part = f"set: {len(table)} {'frames' if 'scan' in table else 'images'}, by name"
+        whose = f"{table.name}'s" if len(chosen) > 1 else "the"
+        say(f"{args.percent} % of {whose} training {part}")
 
     data = [[name, os.path.abspath(path)] for name, path in entries(args.data)]
     about = {"kind": "probe", "task": args.task, "classes": classes, "head": args.head,
              "encoder": models.source_of(args), "spec": encoder.spec, "image_size": image_size,
              "samplings": inputs if prepare else None, "made_from": made_from, "val": val,
+             "sampling_flags": stage1.get("sampling_flags"),
              "dense": frames.dense,
              "scenes": scenes if args.percent else None, "data": data}
     return Run(frames, tables, classes, checkpoint, about)
-
-
-class Cached(torch.utils.data.Dataset):
-    """The items of `frames` with the encoder's features [N, D], in fp16, in place of its inputs.
-
-    They are computed once.
-    """
-
-    def __init__(self, frames, features, workers, device):
-        order = training.in_batches(range(len(frames)))
-        loader = training.load(frames, order, collate, workers, device)
-        self.items = []
-        for batch in tqdm(loader, "features", disable=training.rank() > 0, mininterval=2):
-            batch = training.to_device(batch, device)
-            batch["features"] = features(batch).half()
-            self.add(batch)
-
-    def add(self, batch):
-        """Cut a batch into its items."""
-        counts = torch.bincount(batch["view"].cpu(), minlength=len(batch["condition"])).tolist()
-        parts = {name: batch[name].cpu().split(counts)
-                 for name in ("features", "pixels", "labels", "depths") if name in batch}
-        for number, condition in enumerate(batch["condition"].tolist()):
-            item = {name: values[number].clone() for name, values in parts.items()}
-            self.items.append({"condition": condition} | item)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, key):
-        return self.items[key[1]]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -326,9 +309,9 @@ def main(argv=None):
 
     # ---- encoder and data ----
     with training.first_process_first():
-        encoder, image_size, samplings, dim = load_encoder(args)
+        encoder, image_size, stage1, dim = load_encoder(args)
     points = "first" if args.cache else "augmented"
-    run = set_up(args, encoder, image_size, samplings, points)
+    run = set_up(args, encoder, image_size, stage1, points)
     task = TASKS[args.task]
     encoder = encoder.to(device).eval().requires_grad_(False)
 

@@ -68,6 +68,10 @@ def results_table(results):
                 base = None
             cells = [cell(row, metric, column, digits, base) for column in columns]
             lines.append(f"| {row['run']} | {kind_of(row)} | " + " | ".join(cells) + " |")
+            held = row.get("protocol", {}).get("val_scenes")
+            if held:
+                notes.append(f"{row['run']} is judged on scenes of its own split: "
+                             f"{', '.join(held)}.")
         parts.append("\n".join(lines))
     if notes:
         parts.append("\n".join(notes))

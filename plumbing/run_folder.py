@@ -26,7 +26,7 @@ from plumbing.weights import is_outdated, read
 
 # Arguments that may differ when a run is resumed
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart",
-              "recompute"}
+              "recompute", "recipe"}
 # Arguments that say where a source is, and the source. Its fingerprint is compared instead
 WHERE = {"version": "frames", "encoder": "encoder", "weights": "encoder", "hub": "encoder",
          "feature": "encoder", "stage1": "stage1"}
@@ -255,13 +255,15 @@ class Log:
     checkpoint: what the run goes on from, or None; its "log" is `state()`. Lines of steps that are
     done again are dropped.
     frames: how many there are. More than 1 % of bad ones raise InputError.
+    names: of the datasets of a mixture, whose losses are to be told apart.
     """
 
-    def __init__(self, out, device, model, checkpoint=None, frames=0):
+    def __init__(self, out, device, model, checkpoint=None, frames=0, names=()):
         self.path = Path(out, "log.jsonl")
         self.device = device
         self.model = model
         self.frames = frames
+        self.names = names
         # What is known of the run so far
         state = dict((checkpoint or {}).get("log", {}))
         self.bad = state.pop("bad", {})  # frame number -> what is wrong with it; of the whole run
@@ -269,10 +271,16 @@ class Log:
         if rank() == 0 and self.path.is_file():
             self._drop_after(checkpoint["step"] if checkpoint else 0)
 
-    def _begin(self, total=0.0, count=0, seconds=0.0):
-        """Begin an epoch, or go on `seconds` after its begin with the sum of `count` losses."""
+    def _begin(self, total=0.0, count=0, seconds=0.0, sums=None):
+        """Begin an epoch, or go on `seconds` after its begin with the sum of `count` losses.
+
+        sums: of each dataset the sum of its pairs' losses, and their number.
+        """
         self.total = torch.tensor(total, dtype=torch.float32, device=self.device)
         self.count = count
+        self.sums = torch.zeros(len(self.names), 2, dtype=torch.double, device=self.device)
+        if sums and rank() == 0:  # of all processes
+            self.sums += torch.tensor(sums, dtype=torch.double, device=self.device)
         self.time = time.time() - seconds
 
     def _drop_after(self, step):
@@ -300,9 +308,14 @@ class Log:
             before = self._text() if self.path.is_file() else ""
             write_text(self.path, before + json.dumps(values, allow_nan=False) + "\n")
 
-    def add(self, loss, batch=None):
-        """Count a step's loss, and the frames that were left out of its batch."""
+    def add(self, loss, batch=None, sums=None):
+        """Count a step's loss, and the frames that were left out of its batch.
+
+        sums: [datasets, 2] of a mixture, the sum of each one's losses and their number.
+        """
         self.total += loss.detach().float()
+        if sums is not None:
+            self.sums += sums
         self.count += 1
         self._leave_out((batch or {}).get("bad", ()))
 
@@ -331,13 +344,20 @@ class Log:
         """What a checkpoint keeps of the epoch that is under way. All processes must call it."""
         self._share_bad()
         total = sum_over_processes(self.total.clone()).item() / world()
-        return {"total": total, "count": self.count, "seconds": time.time() - self.time,
-                "bad": dict(self.bad)}
+        state = {"total": total, "count": self.count, "seconds": time.time() - self.time,
+                 "bad": dict(self.bad)}
+        if self.names:
+            state["sums"] = sum_over_processes(self.sums.clone()).tolist()
+        return state
 
     def write(self, **values):
         """Write the epoch's line and begin the next epoch. All processes must call it."""
         mean = torch.tensor(self.mean(), device=self.device)
         values["loss"] = sum_over_processes(mean).item() / world()
+        if self.names:
+            sums = sum_over_processes(self.sums.clone()).tolist()
+            values["loss_of"] = {name: total / count if count else None
+                                 for name, (total, count) in zip(self.names, sums)}
         values["seconds"] = round(time.time() - self.time, 1)
         values["processes"] = world()
         values["trainable_parameters"] = sum(p.numel() for p in self.model.parameters()

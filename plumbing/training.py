@@ -11,6 +11,7 @@ import math
 import os
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -31,6 +32,9 @@ def add_arguments(parser, out_required=True):
              "v1.0-val)")
     add("--out", required=out_required,
         help="folder for last.pth and log.jsonl; a run found there is resumed")
+    add("--val-scenes", nargs="+", metavar="[DATASET:]NAME",
+        help="these scenes validate, all others of their dataset train (default: the dataset's "
+             "own split)")
     add("--limit", type=COUNT, help="use only so many frames, spread evenly (default: all)")
     # length, interruptions and faults
     add("--steps", type=COUNT,
@@ -172,6 +176,30 @@ def cosine(step, total, peak, end=0.0, warmup=0):
     # Half a turn of the cosine over the steps after the warm-up
     angle = math.pi * (step - warmup) / max(1, total - warmup)
     return end + (peak - end) * (1 + math.cos(angle)) / 2
+
+
+def reciprocal_sqrt(step, total, peak):
+    """Learning rate at `step` of `total` in ScaLR+'s run of 65 epochs, whatever its length here.
+
+    Linear from 0 to `peak` in 1/65 of the run, then `peak` / sqrt(1 + t / T) after t steps more, T
+    being 0.45/65 of the run; over its last 2/65 linear to 0. It has no jump, where ScaLR+'s
+    begins to fall from a rate 0.8 % lower.
+    """
+    epoch = total / 65
+    if step < epoch:
+        return peak * step / epoch
+    fall = total - 2 * epoch
+    rate = peak / math.sqrt(1 + (min(step, fall) - epoch) / (0.45 * epoch))
+    return rate * min(1, (total - step) / (2 * epoch))
+
+
+def draws(keys, seed, count):
+    """Numbers in [0, 1) [count, B] of a batch's items of these keys (epoch, number).
+
+    They are functions of (seed, epoch, number), in whichever process and after whatever stop.
+    """
+    columns = [np.random.default_rng((seed, *key, 1)).random(count) for key in keys]
+    return torch.from_numpy(np.array(columns, np.float32).T)
 
 
 class Batches:

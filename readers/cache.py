@@ -17,14 +17,15 @@ import numpy as np
 from plumbing.errors import InputError
 from plumbing.fingerprint import digest
 
-OF_ALL = ("cameras", "label_map", "notes")  # columns that have no row a frame
+OF_ALL = ("cameras", "label_map", "notes", "intensity")  # columns that have no row a frame
 FORMAT = 6  # of the cache: count up when what is stored of the same readers changes
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def cached(reader, root, options, here, look):
+def cached(reader, root, options, here, look, given):
     """The columns of a reader's table, from the cache or made anew.
 
+    given: the path that --data gave, of which a reader's `home` made root.
     They are in the cache while the reader is the same, and no source has another size or date or,
     with `look`, another content. Else the reader makes them: in this process if `here`, else in
     one of its own.
@@ -51,7 +52,7 @@ def cached(reader, root, options, here, look):
             columns["content"] = np.bytes_(content_of(sources, state))
             store_arrays(folder, columns)
         else:
-            build_elsewhere(reader.__name__, root, options)
+            build_elsewhere(reader.__name__, given, options)
     if not folder.exists():
         raise InputError(f"{reader.__file__}: run as a script it keeps no table; end it with "
                          "`main`, as the other readers")
@@ -81,10 +82,10 @@ def with_damage(reader, root, columns):
 
 
 def state_of(sources):
-    """(path, size, date) of each of these files."""
+    """(path, size, date) of each of these files and folders."""
     state = []
     for path in sources:
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"{path}: no such file; give the dataset's root as --data NAME=PATH")
         status = path.stat()
         state.append((str(path), status.st_size, status.st_mtime_ns))
@@ -93,8 +94,16 @@ def state_of(sources):
 
 @functools.cache
 def content_of(sources, state):
-    """A hash of these files; `state` is what `state_of` says of them."""
-    return digest(path.read_bytes() for path in sources)
+    """A hash of these files, and of the names in these folders.
+
+    `state` is what `state_of` says of them.
+    """
+    def content(path):
+        if path.is_dir():
+            return "\n".join(sorted(os.listdir(path))).encode("utf-8", "surrogateescape")
+        return path.read_bytes()
+
+    return digest(map(content, sources))
 
 
 def cache_key(reader, root, options, state):

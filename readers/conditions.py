@@ -38,17 +38,18 @@ def read_conditions(path):
     return named
 
 
-def named_conditions(reader, root, columns):
+def named_conditions(reader, roots, columns):
     """(names of the conditions, index of each frame's or None for those of the table).
 
+    roots: as it was given, and where the table's paths begin.
     ROOT/conditions.json, {scene: condition}, replaces what the dataset says. Where there are no
     scenes, images' paths stand for them. Frames that it does not name keep their condition; a
     dataset that states none must name all. Raises InputError for another file, and for a scene that
     is not there.
     """
     names = list(getattr(reader, "CONDITIONS", ()))
-    path = Path(root, FILE)
-    if not path.exists():
+    path = next((Path(root, FILE) for root in roots if Path(root, FILE).exists()), None)
+    if path is None:
         return names, None
     named = read_conditions(path)
     scenes = scenes_of(columns)

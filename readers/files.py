@@ -75,8 +75,11 @@ def plausible(scan):
                 and (scan[0, :4] != scan[-1, :4]).all())
 
 
-def implausible(points):
-    """What no LiDAR gives in points [N, C >= 3] (x, y, z [m], intensity, ring), in words, or ""."""
+def implausible(points, ranges=RANGES):
+    """What no LiDAR gives in points [N, C >= 3] (x, y, z [m], intensity, ring), in words, or "".
+
+    ranges: of the columns, in their order.
+    """
     columns = np.ascontiguousarray(points.T)  # [C, N]
     with np.errstate(invalid="ignore"):
         low, high = columns.min(1), columns.max(1)
@@ -89,8 +92,8 @@ def implausible(points):
     if nowhere >= NOWHERE:
         return (f"{nowhere} of {len(points)} points are at x = y = z = 0, a hole (points without a "
                 "return are to be left out)")
-    for name, column, first, last in zip(RANGES, columns, low, high):
-        least, most = RANGES[name]
+    for name, column, first, last in zip(ranges, columns, low, high):
+        least, most = ranges[name]
         if first < least or last > most:
             number = np.argmax((column < least) | (column > most))
             return f"{name} of point {number} is {column[number]:g}, not within {least}..{most}"
@@ -106,13 +109,16 @@ def implausible(points):
     return ""
 
 
-def other_layout(content):
-    """In which of LAYOUTS a file holds plausible points, and what to do, in words, or ""."""
-    for name, (kind, count) in LAYOUTS.items():
+def other_layout(content, layouts=LAYOUTS, columns="x, y, z, intensity, ring"):
+    """In which of these layouts a file holds plausible points, and what to do, in words, or "".
+
+    columns: those that it should have.
+    """
+    for name, (kind, count) in layouts.items():
         if content and len(content) % (count * np.dtype(kind).itemsize) == 0:
             points = np.frombuffer(content, kind).reshape(-1, count)[:, :4]
             if not implausible(points) and np.abs(points[:, :3]).max() > 1:
-                return f"{name} Write 32-bit little-endian floats x, y, z, intensity, ring"
+                return f"{name} Write 32-bit little-endian floats {columns}"
     return ""
 
 

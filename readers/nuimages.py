@@ -12,7 +12,8 @@ import numpy as np
 from plumbing.errors import InputError
 from plumbing.fingerprint import digest
 from readers.nuscenes import CLASSES as NUSCENES_CLASSES
-from readers.table import as_bytes, check_files, damage_named, main, size_of
+from readers.paths import check_files, size_of
+from readers.table import as_bytes, damage_named, main
 
 SPLITS = ("train", "val")
 # What nuImages labels of nuScenes' classes: ignore, the 10 classes of objects, the road

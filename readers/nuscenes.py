@@ -13,7 +13,8 @@ import numpy as np
 
 from plumbing.errors import InputError
 from plumbing.fingerprint import digest
-from readers.table import UNKNOWN, as_bytes, check_files, damage_named, main, size_of
+from readers.paths import check_files, size_of
+from readers.table import UNKNOWN, as_bytes, damage_named, main
 
 VERSION = "v1.0-trainval"
 CONDITIONS = ("day-clear", "day-rain", "night")
@@ -48,6 +49,7 @@ SAMPLING = {  # ScaLR, supplement B.2, and its configuration
     "neighbors": 16,           # of a point, in the embedding
     "intensity": (18.742355, 22.04632),  # mean and standard deviation
 }
+PAPER_FRAMES = {"train": 28130}  # v1.0-trainval
 STRINGS = ("scene", "split", "scan", "labels", "image", "record")  # columns of them
 NO_POSE = ("the calibration or ego pose of it or of one of its images is none (a rotation of "
            "length 0, or numbers that are not finite); extract the tables again")

@@ -3,12 +3,18 @@
 A dataset is a file readers/NAME.py, and `--data NAME=PATH` names it. Of these names a reader has
 those that its data has:
 
-    CLASSES     of labels, "ignore" first: class 0 is never learnt
-    SAMPLING    how a scan becomes a 3D encoder's input; with entries "probe" and "finetune" that
-                replace values for these tasks
-    CONDITIONS  columns of the results, in order; without it there is one, "full"
-    LEFT_OUT    {condition: classes left out of its mean IoU}
-    sources(root, **options)        files that the table is made of; InputError for a wrong root
+    CLASSES       of labels, "ignore" first: class 0 is never learnt
+    SAMPLING      how a scan becomes a 3D encoder's input; with entries "probe" and "finetune" that
+                  replace values for these tasks
+    CONDITIONS    columns of the results, in order; without it the frames' condition is unstated,
+                  and there is one column, "full"
+    LEFT_OUT      {condition: classes left out of its mean IoU}
+    CAMERAS       () where there are never pictures
+    SHARE         "frames" where --percent takes every so many-th frame, not scene
+    PAPER_FRAMES  {split: number of frames that the papers give}, printed beside what is there
+    home(root)                      where the table's paths begin, if not at the root that is given
+    sources(root, **options)        files that the table is made of, and folders whose names count;
+                                    InputError for a wrong root
     table(root, **options)          {column: array}, read once and cached
     check(root, **options)          InputError where files beside the frames' own are wrong
     damage(root, columns, frame)    what is wrong with a frame's files, in words; "" for nothing
@@ -19,21 +25,22 @@ those that its data has:
 It ends in `if __name__ == "__main__": main(NAME)`, with `main` of this file.
 
 The columns of a table have a row a frame (F frames of C cameras). Strings are bytes (UTF-8), paths
-are relative to root. The first three are in every table:
+are relative to root. The first is in every table, and scan or image:
 
     split [F] b"train", b"val" or b"test"; image [F, C] paths; image_size [F, C, 2] height, width
     scene [F]; condition [F] index into CONDITIONS; scan [F] path; labels [F] path, b"" where there
     are none; cam_from_lidar [F, C, 4, 4]; intrinsics [F, C, 3, 3]
     cameras [C] names; label_map, what else the classes depend on; notes, lines to print
+    intensity [2] mean and standard deviation, where SAMPLING's are to be measured
     record [F] hash of all that the dataset's tables say of the frame; the cache makes it of the
     columns where the reader does not
     bad [F] b"", or why the frame cannot be used: the cache asks `damage`
 """
 import contextlib
+import difflib
 import functools
 import importlib
 import inspect
-import os
 import re
 from pathlib import Path
 
@@ -41,176 +48,16 @@ import numpy as np
 
 from plumbing.arguments import Parser
 from plumbing.errors import InputError, one_line_errors
-from plumbing.fingerprint import digest
 from readers.cache import cached
-from readers.conditions import made_by, named_conditions
+from readers.conditions import named_conditions
+from readers.frame_table import FrameTable
+from readers.paths import all_there
+from readers.summary import some_of
 
 UNKNOWN = 255  # class of a label that is of no category
 
 
-# ---- the table ---------------------------------------------------------------------------------
-
-class FrameTable:
-    """The frames `rows` of a dataset. `table["image"]` is a column, of all frames.
-
-    name: of the dataset. reader: its module. conditions: names, to which "condition" has indices.
-    sampling: how its scans become points; SAMPLING unless a script sets another. options: of the
-    reader, as version.
-    """
-
-    def __init__(self, reader, root, columns, conditions=(), rows=None):
-        self.reader = reader
-        self.name = reader.__name__.rpartition(".")[2]
-        self.root = str(root)
-        self.columns = columns
-        self.conditions = tuple(conditions)
-        self.rows = np.arange(len(columns["split"])) if rows is None else rows
-        self.sampling = getattr(reader, "SAMPLING", None)
-        self.options = {}
-        self.cameras = []
-        if "cameras" in columns:
-            self.cameras = [name.decode() for name in columns["cameras"]]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, column):
-        return self.columns[column]
-
-    def __contains__(self, column):
-        return column in self.columns
-
-    def __getstate__(self):  # for loading processes: a module cannot be sent, its name can
-        return self.__dict__ | {"reader": self.reader.__name__}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, reader=importlib.import_module(state["reader"]))
-
-    def only(self, rows):
-        """The same dataset with other rows."""
-        other = FrameTable(self.reader, self.root, self.columns, self.conditions, rows)
-        other.sampling = self.sampling
-        other.options = self.options
-        return other
-
-    def path(self, column, *place):
-        """The file of a column of paths, at (frame,) or (frame, camera)."""
-        return os.path.join(self.root, self.columns[column][place].decode())
-
-    def labels(self, frame, count=None):
-        """Classes of a frame's `count` points [A], or of its pixels [H, W]."""
-        if hasattr(self.reader, "labels_of"):
-            return self.reader.labels_of(self.root, self.columns, frame)
-        return self.reader.labels(self.path("labels", frame), count)
-
-    def select(self, split, conditions=None, percent=100, skip_bad=False):
-        """The frames of a split under these conditions (default: all).
-
-        percent: only every (100 / percent)-th scene of the split counts, in the order of the
-        dataset's own table. This is what SLidR's public loader does: 1 % are the 100th, 200th, ...
-        700th of nuScenes' 700 training scenes. Of a dataset without scenes it is every so many-th
-        frame, from the first on. A dataset that states no conditions is taken whole; conditions
-        that it does not know are another dataset's.
-        Raises InputError if there is no such frame and, unless skip_bad, if one of them is bad.
-        """
-        of_split = self["split"][self.rows] == split.encode()
-        rows = self._share(self.rows[of_split], split, 100 // percent)
-        if conditions is not None and self.conditions:
-            numbers = [number for number, name in enumerate(self.conditions) if name in conditions]
-            rows = rows[np.isin(self["condition"][rows], numbers)]
-        if len(rows) == 0:
-            under = f" under {', '.join(conditions or self.conditions)}" if self.conditions else ""
-            flags = "".join(f" --{name} {value}" for name, value in self.options.items())
-            raise InputError(f"--data {self.root}: no frame of split '{split}'{under}; `python -m "
-                             f"readers.{self.name} --data {self.root}{flags}` prints what is there")
-        chosen = self.only(rows)
-        if not skip_bad:
-            chosen.refuse_bad()
-        return chosen
-
-    def refuse_bad(self):
-        """Raise InputError if one of the frames is bad."""
-        if "bad" not in self:
-            return
-        bad = self["bad"][self.rows]
-        bad = bad[bad != b""]
-        if len(bad):
-            raise InputError(f"--data {self.root}: {len(bad)} of {len(self)} frames are bad, the "
-                             f"first: {bad[0].decode()}")
-
-    def _share(self, rows, split, every):
-        """The rows of every so many-th scene, or frame."""
-        if "scene" not in self:
-            return rows[::every]
-        names, first = np.unique(self["scene"][rows], return_index=True)
-        scenes = names[first.argsort()][every - 1::every]
-        if len(names) and len(scenes) == 0:
-            raise InputError(f"--percent {100 // every}: every {every}th scene is taken, and "
-                             f"--data {self.root} has only {len(names)} of split '{split}'; "
-                             "leave --percent out")
-        return rows[np.isin(self["scene"][rows], scenes)]
-
-    def scenes(self):
-        """The names of the scenes that the frames are of; none where the dataset has no scenes."""
-        if "scene" not in self:
-            return []
-        return np.char.decode(np.unique(self["scene"][self.rows])).tolist()
-
-    def fingerprint(self, labels=False):
-        """What the tables say of these frames (and their labels): see plumbing/fingerprint.py."""
-        parts = [b"\n".join(self["record"][self.rows])]
-        if labels and "labels" in self:
-            parts.append(b"\n".join(self["labels"][self.rows]))
-        if labels and "label_map" in self:
-            parts.append(self["label_map"].tobytes())
-        if "stated" in self and (self["stated"] != self["condition"])[self.rows].any():
-            names = [self.conditions[number] for number in self["condition"][self.rows]]
-            parts.append(repr(names).encode())
-        parts += made_by(self.root)
-        counts = {"frames": len(self.rows)}
-        if "scene" in self:
-            counts["scenes"] = len(self.scenes())
-        return counts | {"tables": digest(parts)}
-
-    def files(self, labels=False):
-        """A hash of the files of these frames. Raises InputError if one is missing.
-
-        It is of the images' sizes, of the scans' sizes and ends and, with `labels`, of all labels.
-        """
-        images = all_there(self.root, self["image"][self.rows].flatten())
-        sizes = [file.stat().st_size for file in images]
-        parts = [repr(sizes).encode()]
-        if "scan" in self:
-            parts += map(ends_of, all_there(self.root, self["scan"][self.rows]))
-        if labels and "labels" in self:
-            parts += [file.read_bytes() for file in all_there(self.root, self["labels"][self.rows])]
-        return digest(parts)
-
-    def summary(self):
-        """The counts per split and condition as a printable table, and the dataset's notes."""
-        about = [f"{len(self)} frames", f"{self['image'].shape[1]} cameras"]
-        if "labels" in self:
-            labelled = self["labels"][self.rows] != b""
-            how_many = "yes" if labelled.all() else "in part" if labelled.any() else "no"
-            about.append(f"labels: {how_many}")
-        width = max(10, *map(len, self.conditions)) if self.conditions else 10
-        # A line for each split and condition that has frames
-        lines = [f"{self.root}: {', '.join(about)}",
-                 f"  {'split':6} {'condition':{width}} scenes  frames  images"]
-        for split in np.unique(self["split"][self.rows]):
-            of_split = self.rows[self["split"][self.rows] == split]
-            for number, name in enumerate(self.conditions or ("full",)):
-                rows = of_split
-                if self.conditions:
-                    rows = of_split[self["condition"][of_split] == number]
-                if len(rows):
-                    scenes = len(self.only(rows).scenes()) or "-"
-                    images = self["image"][rows].size
-                    lines.append(f"  {split.decode():6} {name:{width}} {scenes:>6}  {len(rows):6}  "
-                                 f"{images:6}")
-        notes = np.char.decode(self["notes"]).tolist() if "notes" in self else []
-        return "\n".join([*lines, *notes])
-
+# ---- which frames --------------------------------------------------------------------------------
 
 def check_conditions(tables, conditions):
     """Raise InputError for a condition that none of these tables knows."""
@@ -219,6 +66,54 @@ def check_conditions(tables, conditions):
     if known and unknown:
         roots = " and ".join(table.root for table in tables)
         raise InputError(f"--conditions {unknown[0]}: --data {roots} has {', '.join(known)}")
+
+
+def hold_out(tables, names):
+    """Make these scenes the validation split; all others of their datasets train. Returns tables.
+
+    names: NAME, or DATASET:NAME, of --val-scenes; or None. What a dataset's own split calls test
+    stays so, and a dataset of which no scene is named keeps its split. Raises InputError for a
+    scene that no dataset has, or more than one, and where no scene is left to train on.
+    """
+    # Which dataset each scene is of; only one may have it
+    held = {}  # dataset: its scenes
+    there = {}
+    for table in tables:
+        there.setdefault(table.name, set()).update(table.scenes())
+    for given in names or ():
+        dataset, _, scene = given.rpartition(":")
+        owners = [name for name in there if scene in there[name] and dataset in ("", name)]
+        if len(owners) > 1:
+            both = " or ".join(f"{name}:{scene}" for name in owners)
+            raise InputError(f"--val-scenes {given}: {' and '.join(owners)} have that scene; give "
+                             f"{both}, or all of them")
+        if not owners:
+            known = "; ".join(f"{name} has {some_of(sorted(there[name])) or 'no scenes'}"
+                              for name in there)
+            raise InputError(f"--val-scenes {given}: no such scene; {known}")
+        held.setdefault(owners[0], []).append(scene.encode())
+
+    # All roots of a dataset are split alike
+    for table in tables:
+        if table.name in held:
+            split = table["split"].copy()
+            split[split != b"test"] = b"train"
+            split[np.isin(table["scene"], held[table.name])] = b"val"
+            table.columns = table.columns | {"split": split}
+    # Both sides must have frames; the held out have them by their names
+    for name in held:
+        if not any((table["split"] == b"train").any() for table in tables if table.name == name):
+            raise InputError(f"--val-scenes: no scene of {name} is left to train on; it has "
+                             f"{some_of(sorted(there[name]))}")
+    return tables
+
+
+def check_cameras(found):
+    """Raise InputError for a dataset that never has pictures. found: what `entries` gives."""
+    for name, path in found:
+        if getattr(importlib.import_module(f"readers.{name}"), "CAMERAS", None) == ():
+            raise InputError(f"--data {path}: {name} has no cameras, and both stages need "
+                             "pictures; it is for probe.py --task seg3d and for eval.py")
 
 
 # ---- opening -----------------------------------------------------------------------------------
@@ -256,11 +151,7 @@ def open_tables(data, version=None, look=True, here=False):
     not there.
     """
     found = entries(data) if isinstance(data, str) else data
-    for name, path in found:
-        if not Path(path).exists():
-            names = " or ".join(f"{name}=" for name in datasets())
-            hint = f"; each dataset begins with {names}" if set(str(path)) & set("=,") else ""
-            raise InputError(f"--data {path}: no such folder{hint}")
+    check_entries(found)
     readers = [importlib.import_module(f"readers.{name}") for name, _ in found]
     versioned = [has_versions(reader) for reader in readers]
     if version and not any(versioned):
@@ -273,6 +164,30 @@ def open_tables(data, version=None, look=True, here=False):
     return tables
 
 
+def check_entries(found):
+    """Raise InputError for a path that is not there, an unknown name, and one root given twice."""
+    seen = set()
+    for name, path in found:
+        if not Path(path).exists():
+            raise InputError(f"--data {path}: no such folder{_hint(str(path))}")
+        place = name, Path(path).resolve()
+        if place in seen:
+            raise InputError(f"--data {name}={path}: given twice; its frames would count double")
+        seen.add(place)
+
+
+def _hint(path):
+    """What may be wrong with a path that holds NAME=, in words; "" where it holds none."""
+    known = datasets()
+    for name in re.findall(r"(?:^|,)(\w+)=", path):
+        near = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
+        if name not in known:
+            return f"; {name} is no dataset that is known: {', '.join(near)}"
+    if set(path) & set("=,"):
+        return f"; each dataset begins with {' or '.join(f'{name}=' for name in known)}"
+    return ""
+
+
 def has_versions(reader):
     """Whether a dataset's reader, a module or its name, takes a version."""
     if isinstance(reader, str):
@@ -282,8 +197,11 @@ def has_versions(reader):
 
 def _open(reader, root, options, look, here):
     """One `FrameTable`; see `open_tables`."""
-    columns = cached(reader, root, options, here, look is not False)
-    conditions, of_frame = named_conditions(reader, root, columns)
+    given = root
+    if hasattr(reader, "home"):
+        root = reader.home(root)
+    columns = cached(reader, root, options, here, look is not False, given)
+    conditions, of_frame = named_conditions(reader, (given, root), columns)
     if of_frame is not None:  # and what the dataset states, for the fingerprint
         columns["stated"] = columns.get("condition", np.full(len(of_frame), -1))
         columns["condition"] = of_frame
@@ -334,41 +252,6 @@ def spread(rows, limit):
     if limit is None or limit >= len(rows):
         return rows
     return rows[np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-
-
-# ---- the files that a table names --------------------------------------------------------------
-
-def check_files(root, paths, way_out="extract all archives of this version into this folder"):
-    """Raise InputError if one of these files, relative to `root`, is missing or lies outside it."""
-    outside = [path for path in paths if os.path.isabs(path) or ".." in Path(path).parts]
-    if outside:
-        raise InputError(f"--data {root}: the tables name {outside[0]}, which is outside of this "
-                         "folder; do not trust this dataset")
-    missing = [path for path in paths if not os.path.isfile(os.path.join(root, path))]
-    if missing:
-        raise InputError(f"--data {root}: {len(missing)} of {len(paths)} files that the tables "
-                         f"name are missing, the first is {missing[0]}; {way_out}")
-
-
-def all_there(root, paths):
-    """The files of these paths (bytes, relative to `root`). Raises InputError if one is missing."""
-    check_files(root, [path.decode() for path in paths])
-    return [Path(root, path.decode()) for path in paths]
-
-
-def size_of(root, path):
-    """The bytes of a file, 0 if there is none."""
-    file = os.path.join(root, path)
-    return os.path.getsize(file) if os.path.isfile(file) else 0
-
-
-def ends_of(path, count=4096):
-    """The size of a file, its first bytes and its last ones, as bytes."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        begin = file.read(count)
-        file.seek(max(0, size - count))
-        return size.to_bytes(8, "little") + begin + file.read()
 
 
 # ---- readers as scripts ------------------------------------------------------------------------

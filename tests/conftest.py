@@ -30,6 +30,30 @@ def world(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def kitti(tmp_path_factory):
+    """12 training streets in ten sequences, two of validation, of two frames each."""
+    from miniature.world import make_world
+    return make_world(tmp_path_factory.mktemp("kitti") / "data", seed=3, dataset="semantickitti",
+                      train=(12, 0, 0), val=2, azimuths=200, workers=1)
+
+
+@pytest.fixture(scope="session")
+def panda(tmp_path_factory):
+    """Two training scenes, one more without labels, and one of validation; two frames each."""
+    from miniature.world import make_world
+    return make_world(tmp_path_factory.mktemp("panda") / "data", seed=3, dataset="pandaset",
+                      train=(2, 0, 0), val=1, azimuths=200, workers=1)
+
+
+@pytest.fixture(scope="session")
+def poss(tmp_path_factory):
+    """Six training streets in five sequences, two of validation, of two frames each."""
+    from miniature.world import make_world
+    return make_world(tmp_path_factory.mktemp("poss") / "data", seed=3, dataset="semanticposs",
+                      train=(6, 0, 0), val=2, azimuths=200, workers=1)
+
+
 @pytest.fixture
 def copy(world, tmp_path):
     """A copy of `world` that a test may damage."""

@@ -63,10 +63,11 @@ def test_defaults_are_those_of_the_table():
 def test_the_table_has_rows_for_each_task_and_dataset_of_the_papers():
     rows = {(script, flag) for script, flag, *_ in table()}
     for task, datasets in probe.PAPER.items():
-        for dataset in datasets:
+        for dataset, row in datasets.items():
             data = "" if dataset == "nuscenes" else f" --data {dataset}=x"
             for flag in ("cameras", "epochs", "batch", "lr", "weight-decay"):
-                assert (f"probe --task {task}{data}", flag) in rows
+                has = flag.replace("-", "_") in row
+                assert not has or (f"probe --task {task}{data}", flag) in rows
             if dataset in finetune.LR.get(task, ()):
                 assert (f"finetune --task {task}{data}", "lr") in rows
 

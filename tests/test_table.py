@@ -54,10 +54,14 @@ def test_roots_with_any_name_are_opened(world, tmp_path):
 
 
 def test_unknown_names_and_wrong_roots_are_one_line(world, tmp_path):
-    hint = ": no such folder; each dataset begins with .*nuimages= or nuscenes="
+    hint = ": no such folder; {} is no dataset that is known: "
+    both = f"nuscenes={world},nusenes=/a"
     for data, message in (
-            ("unheard=/a", f"unheard=/a{hint}"), (f"nuscenes={world},unheard=/a", f"/a{hint}"),
-            ("/nowhere", "/nowhere: no such folder$"), (f"nuscenes={world},", f"data,{hint}"),
+            ("nuimage=/a", f"nuimage=/a{hint.format('nuimage')}nuimages, nuscenes"),
+            (both, f"/a{hint.format('nusenes')}nuscenes, nuimages"),
+            ("/nowhere", "/nowhere: no such folder$"),
+            (f"nuscenes={world},", "data,: no such folder; each dataset begins with .*nuscenes="),
+            (f"nuscenes={world},nuscenes={world}/../data", "data: given twice"),
             (f"nuscenes={tmp_path}", f"{tmp_path}: not a nuScenes root")):
         with pytest.raises(InputError, match=message) as error:
             open_tables(data, here=True)
@@ -227,7 +231,7 @@ def test_the_counts_are_printed_without_torch(copy):
         done = run("nuscenes", "--data", str(copy))
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
-            f"{copy}: 14 frames, 1 cameras, labels: yes",
+            f"{copy}: 14 frames, 1 cameras, labels: yes, train: 8 frames, 28130 in the papers",
             "  split  condition  scenes  frames  images",
             "  train  day-clear       4       4       4",
             "  train  day-rain        2       2       2",
