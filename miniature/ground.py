@@ -16,13 +16,16 @@ AHEAD = 90.0  # from the ego's last place to the street's end ahead, m
 class Ground:
     """The ground of a street in which the ego moves from x = 0 to x = length, m.
 
+    often: how often there is what, see `street.OFTEN`.
+
     edges [2, blocks, 3]: where road, first and second strip end, from the middle to the left and
     to the right, m. zones [2, blocks, 3]: the materials of the three strips beside the road,
     1 sidewalk, 2 terrain. The third strip has no end.
     """
 
-    def __init__(self, rng, length):
+    def __init__(self, rng, length, often):
         self.length = float(length)
+        self.often = often
         # the course: a sine of this period over 2 pi (m), phase and largest slope
         self.wave = rng.uniform(25, 60)
         self.phase = rng.uniform(0, 6.3)
@@ -30,15 +33,16 @@ class Ground:
 
         # the road: one or two lanes a side, in some blocks with room to park
         blocks = int((BEHIND + self.length + AHEAD) / BLOCK) + 1
-        self.lanes = 1 + (rng.random(2) < .25)  # on the left and on the right side
-        self.parking = rng.random((2, blocks)) < .45
+        self.lanes = 1 + (rng.random(2) < often["lanes"])  # on the left and on the right side
+        self.parking = rng.random((2, blocks)) < often["parking"]
         road = self.lanes[:, None] * LANE + 2.4 * self.parking
 
         # the strips beside it: mostly sidewalk, terrain, sidewalk, or the other way round
         first = road + rng.uniform(1.8, 5, (2, blocks))
         second = first + rng.uniform(2, 7, (2, blocks))
         self.edges = np.stack([road, first, second], -1).astype(np.float32)
-        order = np.where(rng.random((2, blocks, 1)) < .55, [[[1, 2, 1]]], [[[2, 1, 2]]])
+        paved = rng.random((2, blocks, 1)) < often["sidewalk"]
+        order = np.where(paved, [[[1, 2, 1]]], [[[2, 1, 2]]])
         swapped = rng.random((2, blocks, 3)) < .15
         self.zones = np.where(swapped, 3 - order, order)
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as run_lengths
 
+from miniature import nuscenes_tables
 from miniature.scenes import (CAMERAS, JPEG, calibration_row, log_row, picture, plan_scene,
                               sensor_rows, token_of)
 from miniature.street import CATEGORIES, ROAD
@@ -22,6 +23,11 @@ OBJECTS = [name for name in CATEGORIES
 def version_of(split):
     """The folder of a split's tables."""
     return f"v1.0-{split}"
+
+
+def names_of(options):
+    """The names that scenes can have, by split: nuScenes', which nobody sees."""
+    return nuscenes_tables.names_of(options)
 
 
 def channels_of(options):
@@ -100,8 +106,12 @@ def bounds(mask):
 
 
 def finish(out, tables, options):
-    """Fill the tables that are not about one scene; nuImages' categories have no index."""
+    """Fill the tables that are not about one scene, and return all of them.
+
+    nuImages' categories have no index.
+    """
     tables["sensor"] = sensor_rows(channels_of(options))
     for name in CATEGORIES:
         if name in OBJECTS or name in ("flat.driveable_surface", "vehicle.ego"):
             tables["category"].append(dict(token=token_of(name), name=name, description=""))
+    return tables

@@ -1,6 +1,6 @@
 """The miniature world in nuScenes' layout: samples, lidarseg labels, tables of v1.0-trainval.
 
-`world.py` asks each layout for the same names: TABLES, `version_of`, `channels_of`, `folders_of`,
+`world.py` asks each layout for the same names: TABLES, `version_of`, `folders_of`, `names_of`,
 `write_scene` and `finish`.
 """
 import numpy as np
@@ -18,6 +18,12 @@ sample_annotation sample_data scene sensor visibility""".split()
 def version_of(split):
     """The folder of a split's tables."""
     return VERSION
+
+
+def names_of(options):
+    """The names that scenes can have, by split."""
+    from nuscenes.utils import splits  # slow to import, and no worker needs it
+    return {"train": splits.train, "val": splits.val}
 
 
 def channels_of(options):
@@ -47,6 +53,20 @@ def describe(plan):
     text = ", ".join(words) or "empty street"
     texts = {"day-clear": text.capitalize(), "day-rain": f"Rain, {text}", "night": f"Night, {text}"}
     return texts[plan["condition"]]
+
+
+def points_of(options, plan, frame):
+    """A sweep as nuScenes has it, column by column, as the device turns.
+
+    Returns points float32 [N, 5] (x, y, z in m, intensity 0..255, ring; ring 0 is the lowest beam)
+    and their fine classes uint8 [N].
+    """
+    found = sweep(options, plan, frame, "LIDAR_TOP")
+    beams, _ = found["grid"]
+    ring = beams - 1 - found["beam"]
+    points = np.column_stack([found["place"], found["intensity"], ring]).astype(np.float32)
+    order = np.lexsort((ring, found["step"]))
+    return points[order], found["kind"][order].astype(np.uint8)
 
 
 def write_scene(job):
@@ -86,7 +106,7 @@ def write_scene(job):
             stem = f"samples/{channel}/{log['logfile']}__{channel}__{view['time']}"
             if channel == "LIDAR_TOP":
                 file, kind, size = f"{stem}.pcd.bin", "pcd", (0, 0)
-                points, classes = sweep(options, plan, k)
+                points, classes = points_of(options, plan, k)
                 points.tofile(out / file)
                 labels = f"lidarseg/{VERSION}/{key}_lidarseg.bin"
                 classes.tofile(out / labels)
@@ -105,7 +125,7 @@ def write_scene(job):
 
 
 def finish(out, tables, options):
-    """Fill the tables that are not about one scene; write the map."""
+    """Fill the tables that are not about one scene; write the map. Returns all tables."""
     tables["sensor"] = sensor_rows(channels_of(options))
     for index, name in enumerate(CATEGORIES):
         row = dict(token=token_of(name), name=name, description="", index=index)
@@ -116,3 +136,4 @@ def finish(out, tables, options):
     logs = [log["token"] for log in tables["log"]]
     tables["map"] = [dict(token=token_of("map"), category="semantic_prior",
                           filename="maps/blank.png", log_tokens=logs)]
+    return tables

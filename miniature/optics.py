@@ -7,18 +7,18 @@ import numpy as np
 from miniature.rays import camera_rig, dot, first_hit, surface
 from miniature.shading import shade, shadows
 
-REACH = 75.0  # the LiDAR's range, m
-
 
 # ---- pictures ------------------------------------------------------------------------------------
-def render(street, condition, weather, turn, eye, size, ahead, rng):
+def render(street, condition, weather, view, size, rng):
     """A camera's picture uint8 [H, W, 3].
 
     Also returns, of each pixel's middle, the fine class [H, W] (0: sky) and the depth [H, W], m.
-    turn [3, 3], eye [3] and size: see `camera_rig`; ahead [3]: where head lights point.
+    view: a dict of turn [3, 3], eye [3] and wide (see `camera_rig`), ahead [3] (where head lights
+    point).
     """
     height, width = size
-    rig = camera_rig(turn, eye, size)
+    turn, eye, wide, ahead = (view[key] for key in ("turn", "eye", "wide", "ahead"))
+    rig = camera_rig(turn, eye, size, wide=wide)
     near, who = first_hit(street, rig)
     dark = shadows(street, rig, weather, near, who)
     color = shade(street, condition, weather, rig, near, who, dark, ahead)
@@ -26,7 +26,7 @@ def render(street, condition, weather, turn, eye, size, ahead, rng):
 
     # four rays instead of one where the picture has edges
     edge = edges(color, (who + 1000 * dark).reshape(size))
-    fine = camera_rig(turn, eye, size, 2)
+    fine = camera_rig(turn, eye, size, 2, wide)
     wanted = doubled(edge)
     some = np.flatnonzero(wanted)
     near2, who2 = (value[some] for value in first_hit(street, fine, wanted))
@@ -95,14 +95,13 @@ def streaked(color, rng):
 
 
 # ---- sweeps --------------------------------------------------------------------------------------
-def scan(street, condition, rig, rng):
-    """One LiDAR sweep and its labels.
+def scan(street, condition, rig, rng, lidar):
+    """One LiDAR sweep. lidar: its entry in `domains.py`.
 
-    Returns points float32 [N, 5] (x, y, z in m, intensity 0..255, ring; ring 0 is the lowest beam)
-    and their fine classes uint8 [N].
+    Returns of the rays that come back, in the rig's order: their numbers [N], places [N, 3] in
+    the sensor's frame, m, echoes [N] (whatever unit; not negative) and things' numbers [N].
     """
     things = street.things
-    beams, azimuths = rig["grid"]
     near, who = first_hit(street, rig)
     _, _, normal = surface(things, who, rig["eye"] + near[:, None] * rig["rays"])
     straight = np.abs(dot(normal, rig["rays"]))
@@ -116,14 +115,9 @@ def scan(street, condition, rig, rng):
         loss, wet = .09, .95
     else:
         loss, wet = .03, 1
-    echo = things["echo"][who] * (.6 + .4 * straight) * np.exp(fading - near / 150) * wet
-    back = (who >= 0) & (near < REACH) & (lost > loss)
+    dim = np.exp(fading - near / lidar["fade"])
+    echo = things["echo"][who] * (.6 + .4 * straight) * dim * wet
+    back = np.flatnonzero((who >= 0) & (near < lidar["reach"]) & (lost > loss))
     near = near + spread + things["rough"][who] * blur
-
-    ring = beams - 1 - np.arange(len(near)) // azimuths
     place = (rig["rays"] @ rig["turn"]) * near[:, None]  # in the sensor's frame
-    points = np.column_stack([place, np.clip(np.round(echo), 0, 255), ring])
-    # column by column, as the device turns
-    order = np.arange(len(near)).reshape(rig["grid"])[::-1].T.ravel()
-    order = order[back[order]]
-    return points[order].astype(np.float32), things["kind"][who[order]].astype(np.uint8)
+    return back, place[back], echo[back], who[back]

@@ -13,7 +13,6 @@ import numpy as np
 from miniature.ground import AHEAD, CURB
 from miniature.street import BOX, ELLIPSOID, GROUND
 
-BEAM_TOP, BEAM_BOTTOM = 10.67, -30.67  # the LiDAR's highest and lowest beam, degrees
 FAR = np.float32(1e4)  # the sky's distance, m
 
 
@@ -34,17 +33,18 @@ def corners(things, turn, eye):
     return [along * a + left * b + up * c for a, b, c in turn.T.astype(np.float32)]
 
 
-def camera_rig(turn, eye, size, sample=1):
-    """A camera (x right, y down, z forward) of size (height, width) pixels, 90 degrees wide.
+def camera_rig(turn, eye, size, sample=1, wide=1.):
+    """A camera (x right, y down, z forward) of size (height, width) pixels.
 
+    wide: the tangent of half its horizontal field of view, 1 for 90 degrees.
     It has sample x sample rays a pixel. With one sample, ray (row, col) goes through the pixel's
     centre, which has those whole numbers as coordinates.
     """
     height, width = size[0] * sample, size[1] * sample
     turn = turn.astype(np.float32)
     row, col = np.mgrid[:height, :width].astype(np.float32)
-    down = ((row - (height - 1) / 2) * 2 / width).ravel()
-    right = ((col - (width - 1) / 2) * 2 / width).ravel()
+    down = ((row - (height - 1) / 2) * (2 * wide) / width).ravel()
+    right = ((col - (width - 1) / 2) * (2 * wide) / width).ravel()
     rays = np.stack([right * a + down * b + c for a, b, c in turn], -1)
 
     def window(things):
@@ -54,25 +54,37 @@ def camera_rig(turn, eye, size, sample=1):
         z = np.maximum(z, .2)
         ranges = []
         for across, count in ((y, height), (x, width)):
-            at = across / z * width / 2 + count / 2
+            at = across / z * width / (2 * wide) + count / 2
             first = np.where(crossing & (across.min(0) <= 0), 0, at.min(0) - 1)
             end = np.where(crossing & (across.max(0) >= 0), count, at.max(0) + 1)
             ranges += [first, end]
         ranges[1] = np.where(z.max(0) <= .2, 0, ranges[1])  # wholly behind the camera: no rows
         return ranges
     return dict(turn=turn, eye=eye.astype(np.float32), grid=(height, width), rays=rays,
-                window=window, pixel=2 / width)
+                window=window, pixel=2 * wide / width)
 
 
-def lidar_rig(turn, eye, beams, azimuths, fov):
+def elevations(knots, beams):
+    """Elevations [beams] of a LiDAR's beams, radians, the highest first.
+
+    knots: pairs of a share of the beams and the elevation, degrees, down to which they go: the
+    beams between two knots have equal steps.
+    """
+    shares, degrees = zip(*knots)
+    if len(knots) == 2:
+        top, bottom = degrees
+        return np.radians(top) - np.arange(beams) * (np.radians(top - bottom) / (beams - 1))
+    return np.radians(np.interp(np.linspace(0, 1, beams), shares, degrees))
+
+
+def lidar_rig(turn, eye, lifts, azimuths, fov):
     """A LiDAR (x right, y forward, z up) of azimuths steps over fov degrees around the front.
 
-    Row 0 is the top beam, column 0 the leftmost step.
+    lifts [beams]: see `elevations`. Row 0 is the top beam, column 0 the leftmost step.
     """
-    fov, top_beam = np.radians(fov), np.radians(BEAM_TOP)
-    step = np.radians(BEAM_TOP - BEAM_BOTTOM) / max(beams - 1, 1)
+    fov, beams = np.radians(fov), len(lifts)
     azimuth = fov / 2 - (np.arange(azimuths) + .5) * fov / azimuths
-    left, lift = np.meshgrid(azimuth, top_beam - np.arange(beams) * step)
+    left, lift = np.meshgrid(azimuth, lifts)
     flat = np.cos(lift)
     rays = np.stack([-np.sin(left) * flat, np.cos(left) * flat, np.sin(lift)], -1)
     rays = rays.reshape(-1, 3)
@@ -97,7 +109,8 @@ def lidar_rig(turn, eye, beams, azimuths, fov):
         close, distant = np.maximum(flat - size, .3), flat + size
         top = np.arctan2(top, np.where(top > 0, close, distant))
         bottom = np.arctan2(bottom, np.where(bottom < 0, close, distant))
-        return ((top_beam - top) / step - 1, (top_beam - bottom) / step + 2,
+        upwards, rows = lifts[::-1], np.arange(beams)[::-1]
+        return (np.interp(top, upwards, rows) - 1, np.interp(bottom, upwards, rows) + 2,
                 np.where(around, 0, first - 1), np.where(around, azimuths, last + 1))
     return dict(turn=turn, eye=eye.astype(np.float32), grid=(beams, azimuths), window=window,
                 rays=(rays @ turn.T).astype(np.float32))

@@ -58,21 +58,33 @@ CHOICES = {  # the paints of a class; repeats are weights
     BUS: "red yellow blue white green light grey orange olive",
     BARRIER: "grey light white orange red olive yellow",
     PEDESTRIAN: "dark grey blue red green brown white black beige orange"}
+OFTEN = dict(  # how often there is what, in nuScenes' streets; `domains.py` has the others'
+    # shares: sides with a second lane, blocks with room to park, blocks that begin with a sidewalk
+    lanes=.25, parking=.45, sidewalk=.55,
+    # shares: parked trucks or buses, parked cars, lanes with a vehicle, blocks with a jaywalker
+    parked_big=.3, parked=.6, driving=.45, jaywalkers=.12,
+    # shares of blocks: with barriers, a group of pedestrians, a lamp, a sign, a hedge, no building
+    barriers=.55, groups=.6, lamps=.7, signs=.5, hedges=.3, gaps=0.,
+    group=(2, 6), plants=1, trees=.55,  # pedestrians a group; a factor of plants, trees among them
+    # which vehicles park, drive and wait at a crossing; repeats are weights
+    big="truck bus", drivers="car car car truck truck bus", waiting="car truck bus")
 
 
 class Street(Ground):
     """Everything in a street in which the ego moves from x = 0 to x = length, m; a function of rng.
 
     things: dict of arrays, one row per thing: LOOK's keys, shape, kind (its category), at [T, 3]
-    (its centre, m), yaw [T] (radians) and half [T, 3] (half its length, width and height, m).
+    (its centre, m), yaw [T] (radians) and half [T, 3] (half its length, width and height, m);
+    instance (a number that the things of one car share, 0: ground) and moves (0 or 1).
     lamps [L, 3]: places of the street lamps, m.
     """
 
-    def __init__(self, rng, length):
-        super().__init__(rng, length)
+    def __init__(self, rng, length, often=OFTEN):
+        super().__init__(rng, length, often)
         self.rng = rng
         self.things, self.lamps = [], []
         self.taken = {}  # block: the places claimed in it
+        self.instance, self.moves = 0, 0  # of the things that are added now
         for block in range(self.edges.shape[1]):
             for side in (0, 1):
                 self.fill_road(block, side)
@@ -101,6 +113,7 @@ class Street(Ground):
                 if abs(x - a) < half_x + c and abs(across - b) < half_across + d:
                     return False
         self.taken.setdefault(block, []).append((x, across, half_x, half_across))
+        self.instance += 1
         return True
 
     def claim(self, x, across, turn, length, width, roadside):
@@ -111,6 +124,10 @@ class Street(Ground):
 
     def pick(self, choices):
         return choices[self.rng.integers(len(choices))]
+
+    def vehicle(self, choices):
+        """The method that adds one of these vehicles, names with spaces between."""
+        return getattr(self, self.pick(choices.split()))
 
     def paint(self, kind, name=None):
         """A colour [3] of this class, or a shade of the paint `name`."""
@@ -134,7 +151,8 @@ class Street(Ground):
         along = x + ahead * np.cos(yaw)
         left = self.middle(x) + across + ahead * np.sin(yaw)
         at = (along, left, z + half[2])
-        self.things.append(dict(LOOK, shape=shape, kind=kind, at=at, yaw=yaw, half=half, **look))
+        self.things.append(dict(LOOK, shape=shape, kind=kind, at=at, yaw=yaw, half=half,
+                                instance=self.instance, moves=self.moves, **look))
 
     # ---- vehicles
     def car(self, x, across, turn, roadside=False):
@@ -259,32 +277,37 @@ class Street(Ground):
 
     def fill_road(self, block, side):
         """Parked along it, driving on its lanes, waiting on the crossing road, walking across."""
-        rng = self.rng
+        rng, often = self.rng, self.often
         start, sign, edge = self.corner(block, side)
         turn = side * np.pi + np.pi
         if self.parking[side, block]:
-            if rng.random() < .3:
-                self.pick([self.truck, self.bus])(start + 10, sign * (edge - 1.25), turn, True)
+            if rng.random() < often["parked_big"]:
+                park = self.vehicle(often["big"])
+                park(start + 10, sign * (edge - 1.25), turn, True)
             for slot in (3.3, 10, 16.7):
-                if rng.random() < .6:
+                if rng.random() < often["parked"]:
                     self.car(start + slot, sign * (edge - 1.15), turn, True)
+        self.moves = 1
         for lane in range(self.lanes[side]):
-            if rng.random() < .45:
-                drive = self.pick([self.car, self.car, self.car, self.truck, self.truck, self.bus])
+            if rng.random() < often["driving"]:
+                drive = self.vehicle(often["drivers"])
                 drive(start + rng.uniform(2, 18), sign * (lane + .5) * LANE, turn)
+        self.moves = 0
         crossed = start <= self.cross < start + BLOCK and self.cross_half
         if crossed and rng.random() < .7:
-            wait = self.pick([self.car, self.truck, self.bus])
+            wait = self.vehicle(often["waiting"])
             wait(self.cross - sign * 1.7, sign * (edge + 9), sign * np.pi / 2)
-        if rng.random() < .12:
+        if rng.random() < often["jaywalkers"]:
+            self.moves = 1
             for _ in range(2):
                 self.pedestrian(start + rng.uniform(8, 10), sign * rng.uniform(.5, edge - 1))
+            self.moves = 0
 
     def fill_edge(self, block, side):
         """Along the curb: barriers, groups of pedestrians, lamp posts, signs."""
-        rng = self.rng
+        rng, often = self.rng, self.often
         start, sign, edge = self.corner(block, side)
-        if rng.random() < .55:
+        if rng.random() < often["barriers"]:
             ink = self.paint(BARRIER, self.pick(["red", "orange", "white", "dark"]))
             color, slant = self.paint(BARRIER), self.pick([0., .7])
             inked = .5 * (rng.random() < .75)
@@ -295,33 +318,35 @@ class Street(Ground):
             for x in first + 2.1 * np.arange(rng.integers(3, 7)):
                 if self.free(x, across, 1, .3):
                     self.add(BARRIER, BOX, (x, across, 0), (1.95, .55, 1.), **look)
-        if rng.random() < .6:
+        if rng.random() < often["groups"]:
             x = start + rng.uniform(1, 19)
             across = sign * (edge + rng.uniform(.5, 1.9))
-            for _ in range(rng.integers(2, 6)):
+            for _ in range(rng.integers(*often["group"])):
                 self.pedestrian(x + rng.normal(0, 1.2), across + rng.normal(0, .5))
         across = sign * (edge + .5)
         metal = dict(color=self.paint(MANMADE, "grey"), echo=62, grain=.05)
-        if rng.random() < .7:
+        if rng.random() < often["lamps"]:
             self.lamp_post(start + rng.uniform(1, 19), across, sign, metal)
-        if rng.random() < .5:
+        if rng.random() < often["signs"]:
             self.traffic_sign(start + rng.uniform(1, 19), across, metal)
 
     def fill_land(self, block, side):
         """Beside the road: trees, bushes, hedges, two rows of buildings."""
-        rng = self.rng
+        rng, often = self.rng, self.often
         start, sign, edge = self.corner(block, side)
         _, first, second = self.edges[side, block]
         strips = ((edge + 1, first), (first, second), (second, second + 4))
         for (low, high), zone in zip(strips, self.zones[side, block]):
-            for _ in range(rng.integers(0, zone + 1)):
-                plant = self.tree if rng.random() < .55 else self.bush
+            for _ in range(rng.integers(0, often["plants"] * zone + 1)):
+                plant = self.tree if rng.random() < often["trees"] else self.bush
                 plant(start + rng.uniform(1, 19), sign * rng.uniform(low, max(high, low + .5)))
         across = sign * (second + .6)
-        if rng.random() < .3 and self.free(start + 10, across, 7.5, .5):
+        if rng.random() < often["hedges"] and self.free(start + 10, across, 7.5, .5):
             size = (15, .9, rng.uniform(1., 1.7))
             self.add(VEGETATION, BOX, (start + 10, across, 0), size, grain=.5, scale=.22,
                      color=self.paint(VEGETATION), echo=21, rough=.1)
+        if often["gaps"] and rng.random() < often["gaps"]:
+            return
         # the second row of buildings closes the gaps of the first
         deep = rng.uniform(6, 10)
         across = sign * (second + rng.uniform(1.6, 6) + deep / 2)
@@ -340,7 +365,8 @@ class Street(Ground):
         terrain = dict(color=self.paint(TERRAIN), grain=.6, scale=.35, rough=.03, echo=28)
         for kind, look in ((ROAD, road), (SIDEWALK, sidewalk), (TERRAIN, terrain)):
             look["echo"] *= rng.uniform(.92, 1.08)
-            nowhere = dict(shape=GROUND, at=(0, 0, 0), yaw=0., half=(0, 0, 0), v0=-1e4, v1=1e4)
+            nowhere = dict(shape=GROUND, at=(0, 0, 0), yaw=0., half=(0, 0, 0), v0=-1e4, v1=1e4,
+                           instance=0, moves=0)
             self.things.append(dict(LOOK, kind=kind, **nowhere, **look))
 
 
@@ -348,6 +374,6 @@ def columns(things):
     """A list of things as a dict of arrays, one row per thing."""
     table = {}
     for key in things[0]:
-        dtype = np.int32 if key in ("shape", "kind") else np.float32
+        dtype = np.int32 if key in ("shape", "kind", "instance", "moves") else np.float32
         table[key] = np.array([thing[key] for thing in things], dtype)
     return table

@@ -1,4 +1,4 @@
-"""The miniature world: a small, ray-cast driving world, written as a genuine nuScenes dataset.
+"""The miniature world: a small, ray-cast driving world, written in a genuine dataset's layout.
 
 It embeds what collaborative distillation is about: LiDAR tells the classes apart in every
 condition, while day-clear, day-rain and night pictures of a street differ in appearance (light,
@@ -8,13 +8,15 @@ colour, contrast, haze) more than in content.
     python miniature/world.py --out data/tiny --train 4 2 2 --val 2    # a look at it
     python miniature/world.py --out data/images-1 --dataset nuimages   # its pictures, as nuImages
     python miniature/world.py --out data/ring --cameras 6 --lidar-fov 360 --azimuths 640
+    python miniature/world.py --dataset semantickitti --out data/kitti-1   # or pandaset, ...
 
 Everything in a scene is a function of the seed, its split, its number and its condition, so the
 same arguments give the same bytes. The three scenes of a validation layout share street and poses.
+SemanticKITTI, PandaSet and SemanticPOSS have other streets and other sensors, and clear days only.
 
 `ground.py` and `street.py` say what stands in a street; `rays.py`, `shading.py` and `optics.py` how
-the sensors see it; `scenes.py` where the ego drives and when; `nuscenes_tables.py` and
-`nuimages_tables.py` write it.
+the sensors see it; `scenes.py` where the ego drives and when; `domains.py` what differs between the
+datasets; each dataset's own file writes it.
 """
 import json
 import multiprocessing
@@ -26,24 +28,48 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a script
-from miniature import nuimages_tables, nuscenes_tables  # noqa: E402
-from miniature.scenes import CAMERAS, CONDITIONS  # noqa: E402
+from miniature import (nuimages_tables, nuscenes_tables, pandaset_scenes,  # noqa: E402
+                       semantickitti_sequences, semanticposs_sequences)
+from miniature.domains import CONDITIONS, DOMAINS, domain_of  # noqa: E402
 from plumbing.arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
 from plumbing.errors import InputError, one_line_errors  # noqa: E402
 
 FORMAT = 1  # of the content: count up when the same arguments give other bytes
-LAYOUTS = {"nuscenes": nuscenes_tables, "nuimages": nuimages_tables}
+LAYOUTS = {"nuscenes": nuscenes_tables, "nuimages": nuimages_tables,
+           "semantickitti": semantickitti_sequences, "pandaset": pandaset_scenes,
+           "semanticposs": semanticposs_sequences}
+# what an unfinished world may consist of
+FOLDERS = ("samples", "lidarseg", "maps", "v1.0-*", "dataset", "[0-9][0-9][0-9]")
 
 
 # ---- arguments -----------------------------------------------------------------------------------
-def sensor_options(image_size=(80, 160), beams=32, azimuths=180, lidar_fov=100., cameras=1):
-    """The part of the options that is about the sensors."""
-    return dict(image_size=list(image_size), beams=beams, azimuths=azimuths,
-                lidar_fov=float(lidar_fov), cameras=cameras)
+def options_of(dataset, seed, given):
+    """All options, as world.json has them, from those that were given: others are None."""
+    domain = DOMAINS[dataset]
+    unknown = given.keys() - domain["defaults"].keys()
+    if unknown:
+        raise TypeError(f"a world has no option {', '.join(unknown)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, reason in domain["refused"].items():
+        if given.get(name, domain["defaults"][name]) != domain["defaults"][name]:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: not for --dataset {dataset}, {reason}; leave it out")
+    options = dict(format=FORMAT, seed=seed, train=0, val=0, frames=0)  # for their order
+    options |= domain["defaults"] | given
+    for name in ("train", "image_size"):
+        options[name] = list(options[name])
+    if len(domain["conditions"]) == 1 and options["train"][1:] != [0, 0]:
+        options["train"] = [sum(options["train"]), 0, 0]
+        print(f"--train: {dataset} states no weather, so all {options['train'][0]} have clear days")
+    options["lidar_fov"] = float(options["lidar_fov"])
+    if dataset != "nuscenes":
+        options["dataset"] = dataset
+    return options
 
 
 def check(options):
     """Refuse options that are out of range, as the command line does."""
+    domain = domain_of(options)
     good = dict(
         seed=options["seed"] >= 0,
         train=len(options["train"]) == 3 and min(options["train"]) >= 0,
@@ -53,7 +79,7 @@ def check(options):
         beams=options["beams"] >= 2,
         azimuths=options["azimuths"] >= 2,
         lidar_fov=0 < options["lidar_fov"] <= 360,
-        cameras=1 <= options["cameras"] <= len(CAMERAS))
+        cameras=min(1, len(domain["cameras"])) <= options["cameras"] <= len(domain["cameras"]))
     for name, fine in good.items():
         if not fine:
             flag = name.replace("_", "-")
@@ -70,38 +96,36 @@ def interleaved(counts):
 
 def list_jobs(out, options):
     """One job per scene: (out, options, split, number in the split, condition, name)."""
-    from nuscenes.utils import splits  # slow to import, and no worker needs it
-    names = {"train": splits.train, "val": splits.val}
-    conditions = {"train": interleaved(options["train"]),
-                  "val": list(CONDITIONS) * options["val"]}
+    domain, dataset = domain_of(options), options.get("dataset", "nuscenes")
+    names = LAYOUTS[dataset].names_of(options)
+    conditions = {"train": interleaved(options["train"]) + ["day-clear"] * domain["unlabelled"],
+                  "val": list(domain["conditions"]) * options["val"]}
     jobs = []
     for split in ("train", "val"):
         asked, there = len(conditions[split]), len(names[split])
         if asked > there:
-            note = " (three per layout)" if split == "val" else ""
+            several = split == "val" and len(domain["conditions"]) > 1
+            note = " (three per layout)" if several else ""
             raise InputError(f"--{split} asks for {asked} scenes{note}, "
-                             f"nuScenes has {there} {split} names; ask for fewer")
+                             f"{dataset} has {there} {split} names; ask for fewer")
         for number, condition in enumerate(conditions[split]):
             jobs.append((out, options, split, number, condition, names[split][number]))
     return jobs
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def make_world(out, seed=1, train=(400, 150, 150), val=40, frames=2, workers=None,
-               dataset="nuscenes", **sensors):
+def make_world(out, seed=1, workers=None, dataset="nuscenes", **given):
     """Write the dataset below `out`, or do nothing if it is there already. Returns `out` as a Path.
 
-    sensors: see `sensor_options`. The command line's help says what the arguments mean.
+    given: of train, val, frames, image_size, beams, azimuths, lidar_fov and cameras those that are
+    not the dataset's default. The command line's help says what the arguments mean.
     Raises InputError if an argument is out of range or `out` holds something else.
     """
     out = Path(out)
-    options = dict(format=FORMAT, seed=seed, train=list(train), val=val, frames=frames,
-                   **sensor_options(**sensors))
-    if dataset != "nuscenes":
-        options["dataset"] = dataset
+    options = options_of(dataset, seed, given)
     check(options)
     jobs = list_jobs(out, options)
-    if not jobs:
+    if not any(options["train"]) and not options["val"]:
         raise InputError("--train and --val ask for no scene at all")
 
     # a finished world has a world.json, an unfinished one a world.unfinished.json
@@ -112,8 +136,9 @@ def make_world(out, seed=1, train=(400, 150, 150), val=40, frames=2, workers=Non
         return out
     if begun.exists():
         print(f"{out}: unfinished, written again")
-        for folder in ("samples", "lidarseg", "maps", "v1.0-trainval", "v1.0-train", "v1.0-val"):
-            shutil.rmtree(out / folder, ignore_errors=True)
+        for pattern in FOLDERS:
+            for folder in out.glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is no world of this script; give another --out")
 
@@ -125,8 +150,7 @@ def make_world(out, seed=1, train=(400, 150, 150), val=40, frames=2, workers=Non
     begun.write_text(json.dumps(options))
     written = write_scenes(layout, versions, jobs, workers or os.cpu_count())
     for version, tables in written.items():
-        layout.finish(out, tables, options)
-        for table, content in tables.items():
+        for table, content in layout.finish(out, tables, options).items():
             (out / version / f"{table}.json").write_text(json.dumps(content, indent=0))
     begun.replace(done)  # last: now it is finished
     return out
@@ -175,32 +199,46 @@ def each_written(write, jobs, workers):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", required=True,
-        help="folder of the dataset; opens as nuScenes v1.0-trainval, or as nuImages")
+    add("--out", required=True, help="folder of the dataset")
     add("--dataset", choices=tuple(LAYOUTS), default="nuscenes",
-        help="nuimages: v1.0-train and v1.0-val, pictures with masks of objects and road "
+        help="nuscenes: v1.0-trainval. nuimages: v1.0-train and v1.0-val, pictures with masks of "
+             "objects and road. semantickitti, pandaset, semanticposs: as they are downloaded "
              "(default: nuscenes)")
     add("--seed", type=SEED, default=1, help="another seed is another world (default 1)")
-    add("--train", type=whole(0), nargs=3, default=(400, 150, 150),
-        metavar=("DAY", "RAIN", "NIGHT"),
-        help="training scenes per condition, at most 700 in all (default 400 150 150)")
-    add("--val", type=whole(0), default=40,
-        help="validation layouts, each in all three conditions; at most 50 (default 40)")
-    add("--frames", type=COUNT, default=2,
-        help="keyframes per scene, 8 to 20 m apart (default 2)")
-    add("--image-size", type=COUNT, nargs=2, default=(80, 160), metavar=("H", "W"),
-        help="pixels; the horizontal field of view is 90 degrees (default 80 160)")
-    add("--beams", type=whole(2), default=32,
-        help="LiDAR beams from -30.67 to 10.67 degrees (default 32)")
-    add("--azimuths", type=whole(2), default=180,
-        help="LiDAR steps over its field of view (default 180)")
-    add("--lidar-fov", type=real(1, 360), default=100.,
-        help="LiDAR's field of view around the front, degrees (default 100)")
-    add("--cameras", type=whole(1, 6), default=1,
-        help="1 to 6, in this order: " + ", ".join(CAMERAS) + " (default 1)")
+    add("--train", type=whole(0), nargs=3, metavar=("DAY", "RAIN", "NIGHT"),
+        help="training scenes per condition, of nuScenes at most 700 in all; of datasets that "
+             f"state none all are by day (default 400 150 150{theirs('train')})")
+    add("--val", type=whole(0),
+        help="validation layouts, each in all conditions; of nuScenes at most 50 "
+             f"(default 40{theirs('val')})")
+    add("--frames", type=COUNT, help="keyframes per scene, 8 to 20 m apart (default 2)")
+    add("--image-size", type=COUNT, nargs=2, metavar=("H", "W"), help="pixels (default 80 160)")
+    add("--beams", type=whole(2),
+        help="LiDAR beams between the device's lowest and highest one; PandaSet's second LiDAR has "
+             f"5/8 of them (default 32{theirs('beams')})")
+    add("--azimuths", type=whole(2),
+        help="LiDAR steps over its field of view; PandaSet's second LiDAR has 2/5 of them "
+             f"(default 180{theirs('azimuths')})")
+    add("--lidar-fov", type=real(1, 360),
+        help="LiDAR's field of view around the front, degrees; PandaSet's second LiDAR has 60 "
+             f"(default 100{theirs('lidar_fov')})")
+    for_each = "; ".join(", ".join(DOMAINS[name]["cameras"]) for name in ("nuscenes", "pandaset"))
+    add("--cameras", type=whole(1, 6),
+        help=f"1 to 6, in this order: {for_each} (default 1{theirs('cameras')})")
     add("--workers", type=WORKERS,
         help="processes; the result does not depend on it (default: one per core)")
     make_world(**vars(parser.parse_args()))
+
+
+def theirs(option):
+    """The other datasets' defaults of an option, where they are not nuScenes', for the help."""
+    found = ""
+    for name, domain in DOMAINS.items():
+        value = domain["defaults"][option]
+        if value and value != DOMAINS["nuscenes"]["defaults"][option]:
+            value = " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}"
+            found += f", {name} {value}"
+    return found
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from nuscenes.eval.lidarseg.utils import LidarsegClassMapper
 from nuscenes.utils import splits
 from PIL import Image
 
-from miniature.scenes import CONDITIONS, picture, plan_scene, sweep
+from miniature.nuscenes_tables import points_of
+from miniature.scenes import CONDITIONS, picture, plan_scene
 from miniature.world import each_written, make_world
 from plumbing.errors import InputError
 
@@ -189,7 +190,7 @@ def test_night_is_darker_and_rain_is_paler_far_away(layouts):
 
 def returns_of(plan):
     """{(azimuth, ring): (range, m, intensity, fine class)} of a sweep."""
-    points, labels = sweep(OPTIONS, plan, 0)
+    points, labels = points_of(OPTIONS, plan, 0)
     degrees = np.degrees(np.arctan2(points[:, 0], points[:, 1]))
     column = np.round(degrees * 1.8 + 89.5).astype(int)  # 180 columns over 100 degrees
     found = {}
@@ -219,7 +220,7 @@ def test_conditions_share_the_street_and_lidar_hardly_notices(layouts):
 def test_lidar_intensity_tells_the_grounds_apart(layouts):
     values = {}
     for layout in layouts:
-        points, labels = sweep(OPTIONS, layout["night"][0], 0)
+        points, labels = points_of(OPTIONS, layout["night"][0], 0)
         for name, kind in (("road", 24), ("sidewalk", 26), ("terrain", 27)):
             values.setdefault(name, []).extend(points[labels == kind, 3])
     road, sidewalk, terrain = (np.array(values[name]) for name in ("road", "sidewalk", "terrain"))
