@@ -49,15 +49,32 @@ def features_at_pixels(encoder, batch):
     return sample_features(encoder(images), batch["pixels"], batch["view"], images.shape[2:])
 
 
-def distillation_loss(pixel_features, point_features, direction):
+def unit_parts(features, widths=None):
+    """Features [M, D] in float32, each part of them L2-normalised.
+
+    widths: of the parts, D in all; None: the whole is one part.
+    """
+    features = features.float()
+    if widths is None:
+        return F.normalize(features, dim=1)
+    parts = features.split(widths, dim=1)
+    return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
+
+
+def distillation_loss(pixel_features, point_features, direction, widths=None):
     """Mean distance of L2-normalised pixel and point features (Eq. 1 and 2).
 
     Args:
         pixel_features: [M, D], g in the paper. point_features: [M, D], f in the paper.
         direction: "2d_to_3d": the pixels teach the points (stage 1).
             "3d_to_2d": the points teach the pixels (stage 2).
-    Returns: a float32 scalar in [0, 2]: 0 for equal directions (with a zero gradient), about
-    sqrt(2) for unrelated ones, 0 for M = 0.
+        widths: of the parts of several teachers, which are side by side. Each part is normalised
+            for itself (ScaLR, supplement B.2).
+    Returns: a float32 scalar in [0, 2 sqrt(K)] for K parts: 0 for equal directions (with a zero
+    gradient), about sqrt(2 K) for unrelated ones, 0 for M = 0.
+
+    It is one distance of the joined parts, not the sum of K losses: where one part is far off, the
+    others' gradients shrink.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}, not one of {DIRECTIONS}")
@@ -66,10 +83,26 @@ def distillation_loss(pixel_features, point_features, direction):
         pixel_features = pixel_features.detach()
     else:
         point_features = point_features.detach()
-    g = F.normalize(pixel_features.float(), dim=1)
-    f = F.normalize(point_features.float(), dim=1)
+    g = unit_parts(pixel_features, widths)
+    f = unit_parts(point_features, widths)
     # vector_norm has the subgradient 0 at 0, where sqrt(sum of squares) gives NaN
     return torch.linalg.vector_norm(g - f, dim=1).sum() / max(1, len(g))
+
+
+@torch.no_grad()
+def sums_by(numbers, count, pixel_features, point_features, widths=None):
+    """The distances of `distillation_loss`, summed for each dataset of a mixture.
+
+    Args:
+        numbers: [M] int64, below `count`: the dataset of each pair.
+        pixel_features, point_features, widths: as for `distillation_loss`.
+    Returns: [count, 2], the sum of each dataset's distances and the number of its pairs.
+    """
+    g = unit_parts(pixel_features, widths)
+    f = unit_parts(point_features, widths)
+    distances = torch.linalg.vector_norm(g - f, dim=1).double()         # [M]
+    both = torch.stack([distances, torch.ones_like(distances)], dim=1)  # [M, 2]
+    return both.new_zeros(count, 2).index_add(0, numbers, both)
 
 
 @torch.no_grad()

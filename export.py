@@ -127,7 +127,7 @@ def main(argv=None):
     encoder = encoder_of(checkpoint, args.checkpoint)
     row = encoder.row
     size = encoder.check_size(args.image_size or encoder.spec["image_size"])
-    if args.format == "transformers" and row.network.FAMILY not in huggingface.FAMILIES:
+    if args.format == "transformers" and not huggingface.has_model(row):
         raise InputError(f"--format transformers: there is no map for {row.name}; "
                          "--format plain has the names of its release")
 

@@ -59,4 +59,26 @@ def mlp(channels, hidden, out):
     return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
-HEADS = {"linear": linear_layer, "batchnorm": batchnorm_and_linear, "mlp": mlp}
+def two_layers(channels, hidden, out):
+    """ScaLR's head for several teachers (supplement B.2); `hidden` is 2 channels there."""
+    return nn.Sequential(nn.Linear(channels, 2 * channels), nn.LayerNorm(2 * channels), nn.ReLU(),
+                         nn.Linear(2 * channels, out))
+
+
+HEADS = {"linear": linear_layer, "batchnorm": batchnorm_and_linear, "mlp": mlp, "mlp2": two_layers}
+
+
+def part_of(head, widths, number):
+    """The head that gives part `number` of what `head` gives, whose parts have these widths.
+
+    What is below the last layer is shared; of that layer the part's own rows are taken.
+    """
+    layers = [head] if isinstance(head, nn.Linear) else list(head)
+    last = layers.pop()
+    start = sum(widths[:number])
+    rows = slice(start, start + widths[number])
+    part = nn.Linear(last.in_features, widths[number])
+    with torch.no_grad():
+        part.weight.copy_(last.weight[rows])
+        part.bias.copy_(last.bias[rows])
+    return nn.Sequential(*layers, part) if layers else part

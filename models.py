@@ -27,7 +27,7 @@ from releases.scalr import RELEASED, from_released
 from releases.training_checkpoints import encoder_weights
 from resnet import ResNet50
 from vit import (BASE, CLIP16, DINO8, DINO16, DINOV2, DINOV2_REG, DINOV3, GIANT, HUGE, LARGE, SMALL,
-                 ViT, on_the_grid_of)
+                 WIDTHS, MaskCLIP, ViT, on_the_grid_of)
 
 IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation of R, G, B
@@ -46,10 +46,9 @@ class Row(NamedTuple):
     name: str
     source: str               # GitHub repository of the release
     patch_size: int           # side in pixels of a cell of the feature map
-    arguments: dict           # of the network; dim is the width of its feature map
+    arguments: dict           # of the network; dim is its width
     license: str              # of the weights
-    feature: str = "prenorm"  # what is distilled unless --feature says otherwise
-                              # (ScaLR, supplement B.2)
+    feature: str = "prenorm"  # what is distilled unless told otherwise (ScaLR, supplement B.2)
     entry: str | None = ""    # entry point of torch.hub; "": the name; None: there is none
     url: str = ""             # of the file of weights; of a page where there is an entry
     normalization: tuple = IMAGENET
@@ -58,7 +57,7 @@ class Row(NamedTuple):
 
     @property
     def dim(self):
-        return self.arguments["dim"]
+        return WIDTHS.get(self.feature, self.arguments["dim"])
 
 
 DINOV2_REPO = "facebookresearch/dinov2"
@@ -97,6 +96,8 @@ ENCODERS = {row.name: row for row in (
         entry=None, url=IBOT_FILE),
     Row("clip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "norm",
         entry="ViT_B_16", normalization=CLIP, released_name=clip_name),
+    Row("maskclip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "projected", entry="ViT_B_16",
+        normalization=CLIP, released_name=clip_name, network=MaskCLIP),
     Row("depth_anything_v2_vits", DEPTH_REPO, 14, SMALL | DINOV2, "Apache-2.0",
         entry=None, url=DEPTH_FILE.format("Small", "s")),
     Row("depth_anything_v2_vitb", DEPTH_REPO, 14, BASE | DINOV2, "CC-BY-NC-4.0",
@@ -130,7 +131,7 @@ class ImageEncoder(nn.Module):
         self.spec = spec
         self.row = ENCODERS[spec["name"]]
         self.patch_size = self.row.patch_size
-        self.dim = self.row.dim
+        self.dim = WIDTHS.get(spec["feature"], self.row.arguments["dim"])
         mean, std = self.row.normalization
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -301,12 +302,11 @@ def load_point_encoder(path):
 
     Either a checkpoint of stage1.py (last.pth), returned whole beside the model; or a released file
     of ScaLR, ScaLR+ or WaffleIron (model.pth, ckpt_last.pth), known by its entry "model_point",
-    "model_points" or "net". The latter holds nothing but weights: the dict beside the model is
-    empty, and the callers take the dataset's sampling, which is ScaLR's. (The original WaffleIron
-    for nuScenes had another, ±50 m in cells of 60 cm: `from_released` takes its grids.)
+    "model_points" or "net". That holds weights alone: the dict beside the model is empty, and the
+    callers take the dataset's sampling, which is ScaLR's. (WaffleIron's own for nuScenes, ±50 m in
+    cells of 60 cm, needs `from_released` with its grids.)
 
-    Raises InputError, naming the file and the way out, where it is missing, would run code, holds
-    something else, or its weights do not fit.
+    Raises InputError where it is missing, would run code, holds something else, or does not fit.
     """
     files = [Path(path) / name for name in ("last.pth", "model.pth", "ckpt_last.pth")]
     path = next((file for file in files if file.is_file()), path)
@@ -338,19 +338,21 @@ def load_point_encoder(path):
 
 # ---- what the scripts share ----------------------------------------------------------------------
 
-def add_arguments(parser, **encoder):
-    """The flags of an encoder; `encoder`: what `add_argument` needs for --encoder itself."""
+def add_arguments(parser, several=False, **encoder):
+    """The flags of an encoder, or of several; `encoder`: of `add_argument` for --encoder itself."""
     add = parser.add_argument
-    add("--encoder", **encoder)
-    add("--weights",
-        help="file with the encoder's weights, or 'random' (default: the released ones)")
+    each = {"nargs": "+"} if several else {}
+    or_none = ", of several one each, - for the default" if several else ""
+    add("--encoder", **each, **encoder)
+    add("--weights", **each,
+        help=f"file with the encoder's weights, or 'random'{or_none} (default: the released ones)")
     add("--hub",
         help="local clone of the encoder's repository (default: torch.hub over the network)")
     features = dict.fromkeys(name for row in ENCODERS.values() for name in row.network.FEATURES)
-    add("--feature", choices=features,
+    add("--feature", **each, choices=[*features, "-"] if several else features,
         help="of a ViT's last block: its output before or after the final LayerNorm, or its "
-             "attention's keys (default: the encoder's, see `python models.py`; prenorm for "
-             "DINOv2, ScaLR supplement B.2)")
+             f"attention's keys; of MaskCLIP the values or their projection{or_none} (default: the "
+             "encoder's, see `python models.py`; prenorm for DINOv2, ScaLR supplement B.2)")
     add("--image-size", type=COUNT, nargs=2, metavar=("H", "W"),
         help="images are resized to this (default: what the checkpoint says, else 224 448, "
              "Sec. 4.1)")
@@ -387,7 +389,7 @@ def source_in(checkpoint, path):
 
 
 if __name__ == "__main__":
-    line = "{:22} {:31} {:>5}  {:>5}  {:9} {:7} {:13}  {}"
+    line = "{:22} {:31} {:>5}  {:>5}  {:9} {:9} {:13}  {}"
     print(line.format("name", "from", "patch", "width", "network", "feature", "normalised as",
                       "license of the weights"))
     for row in ENCODERS.values():

@@ -1,4 +1,4 @@
-"""Stage 1, pre-alignment: WaffleIron and a linear head learn an image encoder's clear-day features.
+"""Stage 1, pre-alignment: WaffleIron and a head learn an image encoder's clear-day features.
 
 Collaborative-distillation paper, Sec. 3.1; the loss and the recipe are ScaLR's. The bare command is
 the paper's run:
@@ -8,21 +8,84 @@ the paper's run:
     python stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1   # one GPU
     python stage1.py ... --device cpu --channels 64 --depth 4 --limit 100 --steps 20   # a try
 
+--recipe scalr and scalr+ train as those two do, and --encoder A B has two teachers.
+
 Writes OUT/last.pth and OUT/log.jsonl. Started again with the same arguments, it goes on from
 last.pth.
 """
+from argparse import BooleanOptionalAction
+
 import torch
 from tqdm import tqdm
 
 import models
 from data import Frames, collate, select, set_sampling
-from distill import distillation_loss, features_at_pixels
+from distill import distillation_loss, sums_by
 from plumbing import training
-from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, whole
+from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real, whole
 from plumbing.errors import one_line_errors, say
 from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import open_tables
+from readers.table import check_cameras, entries, hold_out, open_tables
+from teachers import load_teachers, settle
+
+# ---- recipes -------------------------------------------------------------------------------------
+
+# Collaborative distillation, Sec. 3.1 and 4.1; the warm-up is of ScaLR's supplement B.2
+CD = {"conditions": ["day-clear"], "epochs": 49, "batch": 8, "lr": 2e-3, "end_lr": 1e-5,
+      "warmup_steps": 3500, "weight_decay": 0.03, "recompute": False}
+RECIPES = {  # what they set of the flags that are not given; None: see `scalr_lengths`
+    "cd": CD,
+    # ScaLR, Sec. 4.1 and supplement B.2
+    "scalr": CD | {"conditions": ["all"], "epochs": None, "batch": None},
+    # ScaLR+: what its release adds
+    "scalr+": CD | {"conditions": ["all"], "epochs": 65, "schedule": "rsqrt", "drop_path": 0.2,
+                    "activation": "gelu", "head": "mlp", "hidden": 2048, "norm": "layernorm",
+                    "image_size": [448, 896], "recompute": True}}
+
+FOUR = {"nuscenes", "semantickitti", "pandaset64", "pandasetgt"}
+# ScaLR's batch, epochs by datasets, and steps of any other mixture (supplement B.2)
+AT_768 = {"batch": 8, "steps": 172_000, "epochs": [({"nuscenes"}, 49), (FOUR, 25)]}
+BELOW_768 = {"batch": 16, "steps": 33_400, "epochs": [
+    ({"nuscenes"}, 19), (FOUR, 10), ({"semantickitti"}, 28), ({"pandaset64"}, 136),
+    ({"pandasetgt"}, 136), ({"nuscenes", "semantickitti"}, 11)]}
+
+
+def scalr_lengths(channels):
+    """ScaLR's batch, epochs and steps for a WaffleIron of this width."""
+    return AT_768 if channels >= 768 else BELOW_768
+
+
+def fill_in(args):
+    """Set what was not given to the recipe's values; its epochs may depend on the datasets."""
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch is None:
+        args.batch = scalr_lengths(args.channels)["batch"]
+    # Several teachers need more than a linear layer (ScaLR, supplement B.2)
+    if isinstance(args.encoder, list) and args.head is None:
+        args.head = "mlp2"
+
+
+def fill_in_epochs(args, frames):
+    """Set --epochs by the datasets where the recipe asks for that, and print what it has set."""
+    if args.epochs is None:
+        lengths = scalr_lengths(args.channels)
+        steps = max(1, len(frames) // args.batch)  # of an epoch
+        args.epochs = max(1, round(lengths["steps"] / steps))
+        for datasets, epochs in lengths["epochs"]:
+            if datasets == set(frames.datasets):
+                args.epochs = epochs
+    found = []
+    for name, value in RECIPES[args.recipe].items():
+        now = getattr(args, name)
+        if value != CD.get(name) and value in (None, now):
+            words = " ".join(map(str, now)) if isinstance(now, list) else now
+            found.append(f"{name.replace('_', ' ')} {words}")
+    if found:
+        say(f"--recipe {args.recipe}: {', '.join(found)}")
+
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -30,8 +93,11 @@ def parse(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     training.add_arguments(parser)
-    models.add_arguments(parser, default="dinov2_vits14",
-        help="image encoder: a name that `python models.py` lists, or a checkpoint "
+    add("--recipe", choices=RECIPES, default="cd",
+        help="flags that are not given: the paper's, ScaLR's or ScaLR+'s (default: %(default)s; "
+             "the defaults below are its)")
+    models.add_arguments(parser, several=True, default="dinov2_vits14",
+        help="image encoder, or several: names that `python models.py` lists, or checkpoints "
              "(default: %(default)s)")
     # the 3D encoder
     add("--backbone", default="waffleiron", metavar="NAME",
@@ -43,7 +109,14 @@ def parse(argv=None):
     add("--norm", choices=("layernorm", "batchnorm"),
         help="in WaffleIron's layers (default: layernorm at width 768, else batchnorm; "
              "ScaLR Sec. 4.1)")
-    add("--recompute", action="store_true",
+    add("--activation", choices=("relu", "gelu"), help="in WaffleIron's layers (default: relu)")
+    add("--drop-path", type=real(0, below=1), metavar="PROBABILITY",
+        help="of leaving out a layer's branch for a scan (default: 0)")
+    add("--head", choices=("linear", "mlp", "mlp2"),
+        help="a linear layer, two with --hidden between, or two with twice the width and LayerNorm "
+             "between (default: linear; of several encoders mlp2, ScaLR supplement B.2)")
+    add("--hidden", type=COUNT, help="width inside --head mlp (default: 2048)")
+    add("--recompute", action=BooleanOptionalAction,
         help="compute WaffleIron's layers again in the backward pass instead of keeping them: the "
              "same result, a fraction of the memory, a third more time")
     # what it gets of a scan; the defaults are the dataset's SAMPLING, here nuScenes'
@@ -59,40 +132,54 @@ def parse(argv=None):
     add("--neighbors", type=COUNT,
         help="of a point in the embedding (default: the dataset's, 16, same)")
     # the frames
-    add("--conditions", nargs="+", action=Distinct, default=["day-clear"],
+    add("--conditions", nargs="+", action=Distinct,
         help="frames to learn from, of a dataset that tells conditions; all: every one (default: "
              "day-clear, Sec. 3.1, Assumption 1)")
     add("--cameras", default="random",
         help="of a frame: random (one, drawn anew each epoch), all, or a channel "
              "(default: %(default)s, ScaLR Sec. 3.1)")
     # the run
-    add("--epochs", type=COUNT, default=49, help="(default: %(default)s, Sec. 4.1)")
-    add("--batch", type=COUNT, default=8,
-        help="camera views in a batch, over all processes (default: %(default)s, Sec. 4.1)")
-    add("--lr", type=POSITIVE, default=2e-3,
-        help="peak learning rate (default: %(default)s, Sec. 4.1)")
-    add("--end-lr", type=RATE, default=1e-5,
-        help="learning rate at the end of the cosine (default: %(default)s, Sec. 4.1)")
-    add("--warmup-steps", type=whole(0), default=3500,
-        help="steps from 0 to --lr, at most a tenth of the run (default: %(default)s, ScaLR "
-             "supplement B.2)")
-    add("--weight-decay", type=RATE, default=0.03,
-        help="of AdamW (default: %(default)s, Sec. 4.1)")
-    return parser.parse_args(argv)
+    add("--epochs", type=COUNT, help="(default: 49, Sec. 4.1)")
+    add("--batch", type=COUNT,
+        help="camera views in a batch, over all processes (default: 8, Sec. 4.1)")
+    add("--lr", type=POSITIVE, help="peak learning rate (default: 2e-3, Sec. 4.1)")
+    add("--schedule", choices=("cosine", "rsqrt"),
+        help="rsqrt: ScaLR+'s, the rate falls as 1 / sqrt(time) (default: cosine)")
+    add("--end-lr", type=RATE,
+        help="learning rate at the end of the cosine (default: 1e-5, Sec. 4.1)")
+    add("--warmup-steps", type=whole(0),
+        help="steps from 0 to --lr before the cosine, at most a tenth of the run, of ScaLR's "
+             "recipes a ninth (default: 3500, ScaLR supplement B.2)")
+    add("--weight-decay", type=RATE, help="of AdamW (default: 0.03, Sec. 4.1)")
+    args = parser.parse_args(argv)
+    settle(args)
+    fill_in(args)
+    return args
 
 
-def samplings_of(args, tables):
-    """How each dataset's scans become points, by the flags: {dataset: sampling}. Sets it, too."""
+def sampling_flags(args):
+    """What the flags say of how scans become points."""
     given = {}
     for name in ("fov", "cell", "voxel", "max_points", "neighbors"):
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
     if args.fov:
         given["fov"] = tuple(args.fov)
-    for table in tables:
-        if table.sampling:
-            table.sampling = table.sampling | given
-    return set_sampling(tables)
+    return given
+
+
+def samplings_of(args, tables):
+    """How each dataset's scans become points, by the flags: {dataset: sampling}. Sets it, too."""
+    return set_sampling(tables, flags=sampling_flags(args))
+
+
+def learning_rate(args, step, total, peak):
+    """The rate at a step by --schedule, whose peak is `peak`."""
+    if args.schedule == "rsqrt":
+        return training.reciprocal_sqrt(step, total, peak)
+    # ScaLR's 3 500 steps of 33 402 are more than a tenth
+    longest = total // (10 if args.recipe == "cd" else 9)
+    return training.cosine(step, total, peak, args.end_lr, min(args.warmup_steps, longest))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -103,28 +190,29 @@ def main(argv=None):
     device = training.start(args)
 
     # ---- data ----
+    check_cameras(entries(args.data))
     with training.first_process_first():
         tables = open_tables(args.data, args.version, look=False)
-        encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature,
-                                            careful=False).to(device)
+        teachers = load_teachers(args, device)
+    tables = hold_out(tables, args.val_scenes)
     for table in tables:
         say(table.summary())
-    image_size = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE)
-    image_size = encoder.check_size(image_size)
+    image_size = teachers.image_size(args.image_size)
     samplings = samplings_of(args, tables)
     skip_bad = args.on_bad_frame == "skip"
     tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
     backbone = models.backbone(args.backbone)
     frames = Frames(tables, args.cameras, image_size, backbone.prepare, points="augmented",
                     skip_bad=skip_bad, seed=args.seed)
+    fill_in_epochs(args, frames)
+    mixture = frames.datasets if len(frames.datasets) > 1 else ()
 
     # ---- model ----
-    encoder.requires_grad_(False)
-    point_encoder = backbone.build(args, samplings, encoder.dim).to(device)
+    point_encoder = backbone.build(args, samplings, teachers.dim).to(device)
     model = training.distribute(point_encoder, device)
 
-    # ---- resume: a run of the same arguments, encoder and frames goes on ----
-    made_from = {"encoder": encoder.fingerprint(), "frames": of_frames(tables),
+    # ---- resume: a run of the same arguments, teachers and frames goes on ----
+    made_from = {"encoder": teachers.fingerprint(), "frames": of_frames(tables),
                  "input": {"image_size": image_size} | samplings}
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
@@ -135,33 +223,39 @@ def main(argv=None):
     # ---- optimizer ----
     optimizer = torch.optim.AdamW(point_encoder.parameters(), lr=args.lr,
                                   weight_decay=args.weight_decay)
-    warmup = min(args.warmup_steps, total // 10)
     if checkpoint:
         point_encoder.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
 
     # ---- loop ----
-    log = Log(args.out, device, point_encoder, checkpoint, frames.frame_count())
+    log = Log(args.out, device, point_encoder, checkpoint, frames.frame_count(), mixture)
     saver = Saver(args, batches.per_epoch, total)
     bar = tqdm(loader, "stage 1", initial=first, total=total, disable=training.rank() > 0,
                mininterval=2)
     for step, batch in saver.guard(enumerate(bar, first)):
-        lr = training.cosine(step, total, args.lr, args.end_lr, warmup)
+        lr = learning_rate(args, step, total, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if args.drop_path:
+            batch["draws"] = training.draws(batches.of(step), args.seed, 2 * args.depth)
         batch = training.to_device(batch, device)
         with training.autocast(device, args.precision):
             with torch.no_grad():
-                pixel_features = features_at_pixels(encoder, batch)  # [M, D]
+                pixel_features = teachers.features_at_pixels(batch)  # [M, D]
             point_features = model(batch)                            # [M, D]
-        loss = distillation_loss(pixel_features, point_features, "2d_to_3d")
+        features = pixel_features, point_features
+        loss = distillation_loss(*features, "2d_to_3d", teachers.widths)
         loss = loss * training.share(len(point_features), device)
         optimizer.zero_grad()
         loss.backward()
         check_finite(loss, point_encoder, step, args.out, batches, frames)
         optimizer.step()
 
-        log.add(loss, batch)
+        sums = None
+        if mixture:
+            of_point = batch["dataset"][batch["view"]]  # [M]
+            sums = sums_by(of_point, len(mixture), *features, teachers.widths)
+        log.add(loss, batch, sums)
         done = step + 1
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
@@ -171,10 +265,11 @@ def main(argv=None):
             saver.save({
                 "kind": "point_encoder", "backbone": args.backbone, "spec": point_encoder.spec,
                 "model": point_encoder.state_dict(), "made_from": made_from,
-                "samplings": samplings, "encoder": models.source_of(args),
-                "image_size": image_size,
+                "samplings": samplings, "sampling_flags": sampling_flags(args),
+                "image_size": image_size, "val_scenes": args.val_scenes,
                 "optimizer": optimizer.state_dict(), "step": done, "total": total,
-                "log": log.state(), "args": vars(args)})
+                "log": log.state(), "args": vars(args),
+                **teachers.about(args)})
     log.report()
 
 

@@ -26,7 +26,8 @@ from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import open_tables
+from readers.table import check_cameras, entries, hold_out, open_tables
+from teachers import keep_part, source_in
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
 
@@ -46,8 +47,8 @@ def parse(argv=None):
     add("--stage1", required=True,
         help="stage 1's folder or checkpoint, or released weights of ScaLR")
     models.add_arguments(parser,
-        help="the image encoder to train (default: stage 1's own, with its --weights, --hub and "
-             "--feature)")
+        help="the image encoder to train, one of stage 1's if it had several (default: stage 1's "
+             "own, with its --weights, --hub and --feature)")
     add("--train-batchnorm", action="store_true",
         help="let a ResNet-50's BatchNorm normalise by the batch and update its statistics, each "
              "process its own (default: they stay as released)")
@@ -89,6 +90,8 @@ def both_encoders(args, device):
     with training.first_process_first():
         encoder = models.load_image_encoder(**source, careful=False).to(device)
     made_from = {"stage1": point_encoder.fingerprint(), "encoder": encoder.fingerprint()}
+    if "teachers" in stage1:
+        keep_part(point_encoder, stage1, args.stage1, encoder)
     check_pair(args, encoder, point_encoder, stage1, made_from)
     encoder.recompute(args.recompute)
     return encoder, point_encoder, stage1, made_from
@@ -102,12 +105,13 @@ def encoder_source(args, stage1):
     if not args.encoder and not stage1:
         raise InputError(f"--stage1 {args.stage1}: released weights do not say which image encoder "
                          "they were trained for; add --encoder (ScaLR: dinov2_vitl14)")
-    theirs = models.source_in(stage1, args.stage1)
-    if args.encoder:
+    theirs = source_in(stage1, args.stage1, args.encoder)
+    if args.encoder and "teachers" not in stage1:
         source = {"name_or_path": args.encoder, "weights": args.weights, "hub": args.hub}
     else:
         own = {"weights": args.weights, "hub": args.hub}
         source = theirs | {name: value for name, value in own.items() if value}
+        source.setdefault("name_or_path", args.encoder)
     source["feature"] = args.feature or theirs.get("feature")  # what the head was trained to give
     return source
 
@@ -122,7 +126,7 @@ def check_pair(args, encoder, point_encoder, stage1, made_from):
     norms = [layer for layer in encoder.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     if args.train_batchnorm and not norms:
         raise InputError(f"--train-batchnorm: {name} has no BatchNorm")
-    if stage1:
+    if stage1 and "teachers" not in stage1:
         check(f"--stage1 {args.stage1}", stage1.get("made_from", {}),
               {"encoder": made_from["encoder"]},
               "give that one as --encoder, or train stage 1 for this one")
@@ -148,6 +152,7 @@ def main(argv=None):
     device = training.start(args)
 
     # ---- both encoders ----
+    check_cameras(entries(args.data))
     encoder, point_encoder, stage1, made_from = both_encoders(args, device)
     known = stage1.get("image_size") or encoder.spec.get("image_size", models.IMAGE_SIZE)
     image_size = encoder.check_size(args.image_size or known)
@@ -156,11 +161,12 @@ def main(argv=None):
     # ---- data ----
     with training.first_process_first():
         tables = open_tables(args.data, args.version, look=False)
+    tables = hold_out(tables, args.val_scenes)
     for table in tables:
         say(table.summary())
     skip_bad = args.on_bad_frame == "skip"
     tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
-    samplings = set_sampling(tables, stage1.get("samplings"))
+    samplings = set_sampling(tables, stage1.get("samplings"), flags=stage1.get("sampling_flags"))
     point_encoder.use(samplings)
     frames = Frames(tables, args.cameras, image_size, point_encoder.prepare, points="random",
                     skip_bad=skip_bad, seed=args.seed)

@@ -25,6 +25,8 @@ DINOV2 = dict(grid=(37, 37), layer_scale=True, mask_token=True)
 DINOV2_REG = DINOV2 | dict(registers=("register_tokens", 4), antialias=True)
 DINOV3 = dict(grid=None, layer_scale=True, mask_token=True, registers=("storage_tokens", 4))
 CLIP16 = dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu")
+CLIP_WIDTH = 512  # of what CLIP compares with text
+WIDTHS = {"projected": CLIP_WIDTH}  # of features that are not `dim` wide
 
 
 # ---- positions -----------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ class ViT(nn.Module):
         if options["mask_token"]:
             self.register_buffer("mask_token", torch.zeros(1, dim))
         if clip:
-            self.register_buffer("proj", torch.zeros(dim, 512))
+            self.register_buffer("proj", torch.zeros(dim, CLIP_WIDTH))
         patches = nn.Conv2d(3, dim, patch_size, stride=patch_size, bias=not clip)
         self.patch_embed = nn.ModuleDict({"proj": patches})
 
@@ -306,12 +308,8 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
         return self.norm_pre(x)
 
-    def tokens(self, images, feature):
-        """Normalised images [B, 3, H, W] to the last block's tokens [B, T, D], in `embed`'s order.
-
-        feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its
-        attention's keys, before any rotation (what ScaLR takes from DINO).
-        """
+    def before_last(self, images):
+        """The tokens [B, T, D] that the last block takes, and the patches' rotation if there is."""
         h, w = (side // self.patch_size for side in images.shape[2:])
         rotation = self.rope_embed(h, w) if self.grid is None else None
         x = self.embed(images)
@@ -320,6 +318,15 @@ class ViT(nn.Module):
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation)
+        return x, rotation
+
+    def tokens(self, images, feature):
+        """Normalised images [B, 3, H, W] to the last block's tokens [B, T, D], in `embed`'s order.
+
+        feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its
+        attention's keys, before any rotation (what ScaLR takes from DINO).
+        """
+        x, rotation = self.before_last(images)
         # The last block apart: its attention's keys are features too
         last = self.blocks[-1]
         if feature == "keys":
@@ -332,3 +339,27 @@ class ViT(nn.Module):
         h, w = (side // self.patch_size for side in images.shape[2:])
         patches = self.tokens(images, feature)[:, -h * w:]
         return patches.transpose(1, 2).unflatten(2, (h, w))
+
+
+class MaskCLIP(ViT):
+    """CLIP's ViT, each token of whose last block attends to itself alone.
+
+    Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022, Sec. 3: the attention gives the
+    value's output projection; the block's residual branches, its MLP and the final LayerNorm stay.
+    Its features are "projected", what CLIP compares with text (512 wide), and "values" before that.
+    """
+
+    FEATURES = ("projected", "values")
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        nn.init.trunc_normal_(self.proj, std=0.02)
+
+    def tokens(self, images, feature):
+        """Normalised images [B, 3, H, W] to the patches' and the cls token's features [B, T, D]."""
+        x, _ = self.before_last(images)
+        last = self.blocks[-1]
+        values = last.attn.qkv(last.norm1(x)).chunk(3, -1)[2]
+        x = x + last.attn.proj(values)
+        x = self.norm(x + last.mlp(last.norm2(x)))
+        return x @ self.proj if feature == "projected" else x

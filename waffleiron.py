@@ -254,8 +254,8 @@ class WaffleIron(nn.Module):
         options: what ScaLR's fine-tuning and ScaLR+ change, by default OPTIONS:
             drop_path: probability, in training, that a cloud skips a residual branch (both: 0.2).
             activation: "relu" or "gelu" (ScaLR+), inside the blocks; the embedding keeps ReLU.
-            head: "linear", "batchnorm" (before a linear layer, ScaLR downstream) or "mlp"
-            (`hidden` wide, with a ReLU; ScaLR+).
+            head: "linear", "batchnorm" (before a linear layer, ScaLR downstream), "mlp" (`hidden`
+            wide, with a ReLU; ScaLR+) or "mlp2" (twice the width; ScaLR's for several teachers).
     Raises ValueError for another norm, activation or head, TypeError for another option.
 
     `spec` holds these arguments: `WaffleIron(**model.spec)` builds the same. `crop = False` turns
@@ -293,7 +293,8 @@ class WaffleIron(nn.Module):
             points [N, Cin]; cells [N, P]: cells[:, p] is row * W + col on plane p of the cloud's
             own grid; neighbors [N, K]: rows of the whole batch, without the point itself.
 
-        All but the points are int64. Raises ValueError for a cell outside its grid.
+        All but the points are int64. Numbers in [0, 1) that decide of `drop_path` in training may
+        stand in its `draws` [2 depth, B]. Raises ValueError for a cell outside its grid.
         """
         return self.head(self.features(batch))
 
@@ -307,26 +308,29 @@ class WaffleIron(nn.Module):
         # Under autocast the layers give bfloat16, but the residual stream stays in float32: 96 sums
         # pass through it.
         x = self.embed(points, neighbors).to(points.dtype)
+        factors = self.branch_factors(batch, clouds)
         for i in range(self.spec["depth"]):
-            arguments = i, x, windows[i % len(windows)], view, clouds
+            arguments = i, x, windows[i % len(windows)], view, factors
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self.layer, *arguments, use_reentrant=False)
             else:
                 x = self.layer(*arguments)
         return x
 
-    def layer(self, i, x, window, view, clouds):
-        """Layer i: [N, C] -> [N, C]."""
-        x = x + self.drop_path(self.spatial_mix[i](x, window), view, clouds)
-        return x + self.drop_path(self.channel_mix[i](x), view, clouds)
+    def layer(self, i, x, window, view, factors):
+        """Layer i: [N, C] -> [N, C]. factors: see `branch_factors`."""
+        branch = self.spatial_mix[i](x, window)
+        x = x + (branch if factors is None else branch * factors[2 * i, view, None])
+        branch = self.channel_mix[i](x)
+        return x + (branch if factors is None else branch * factors[2 * i + 1, view, None])
 
-    def drop_path(self, branch, view, clouds):
-        """Stochastic depth (Huang et al., 2016), one draw a cloud, as elsewhere one an image."""
+    def branch_factors(self, batch, clouds):
+        """Stochastic depth (Huang et al., 2016): each cloud's factors, [2 depth, B] or None."""
         keep = 1 - self.spec["drop_path"]
         if not self.training or keep == 1:
-            return branch
-        kept = torch.rand(clouds, device=branch.device) < keep
-        return branch * (kept / keep)[view].unsqueeze(1)
+            return None
+        own = torch.rand(2 * self.spec["depth"], clouds, device=batch["view"].device)
+        return (batch.get("draws", own) < keep) / keep
 
     def use(self, samplings):
         """Take the planes of clouds of {dataset: sampling}; no weight depends on them.
@@ -371,8 +375,9 @@ def build(args, samplings, out_channels):
                          "batch twice; --norm layernorm has none")
     for sampling in samplings.values():
         check_sampling(sampling)
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     waffleiron = WaffleIron(channels=args.channels, depth=args.depth, out_channels=out_channels,
-                            norm=norm)
+                            norm=norm, **given)
     waffleiron.use(samplings)
     waffleiron.recompute = args.recompute
     return waffleiron

@@ -38,7 +38,7 @@ from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, of_frames, of_weights
 from plumbing.weights import check_kind, read, say_if_unfinished
 from probe import TASKS, classes_of
-from readers.table import open_tables
+from readers.table import hold_out, open_tables
 
 # ---- maths ---------------------------------------------------------------------------------------
 
@@ -208,11 +208,12 @@ def head_2d_stage2(args, device):
     args.lr = models.of_family(args.lr, encoder)
 
     # ---- data ----
+    tables = hold_out(tables, args.val_scenes)
     for table in tables:
         say(table.summary())
     skip_bad = args.on_bad_frame == "skip"
     tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
-    samplings = set_sampling(tables, before["samplings"])
+    samplings = set_sampling(tables, before["samplings"], flags=before.get("sampling_flags"))
     point_encoder, head = _teachers(before, encoder, samplings)
     frames = Frames(tables, args.cameras, image_size, point_encoder.prepare, points="random",
                     skip_bad=skip_bad, seed=args.seed)

@@ -10,10 +10,10 @@ import models
 import stage1
 from data import Frames, collate, select
 from plumbing import training
-from plumbing.errors import say
+from plumbing.errors import InputError, say
 from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import open_tables
+from readers.table import check_cameras, entries, hold_out, open_tables
 
 
 def build(args, device, out_channels=None, labels=False):
@@ -24,10 +24,15 @@ def build(args, device, out_channels=None, labels=False):
         labels: frames with labels and without images.
     Returns: image encoder, 3D encoder, frames, and what stage 1's checkpoint says of the three.
     """
+    if not isinstance(args.encoder, str):
+        raise InputError(f"--encoder {' '.join(args.encoder)}: an ablation has one image encoder; "
+                         "stage1.py takes several")
+    check_cameras(entries(args.data))
     with training.first_process_first():
         tables = open_tables(args.data, args.version, look=False)
         encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature,
                                             careful=False).to(device)
+    tables = hold_out(tables, args.val_scenes)
     for table in tables:
         say(table.summary())
 
@@ -41,12 +46,14 @@ def build(args, device, out_channels=None, labels=False):
     size, target = (None, "labels") if labels else (image_size, None)
     frames = Frames(tables, args.cameras, size, backbone.prepare, target, "augmented", skip_bad,
                     args.seed)
+    stage1.fill_in_epochs(args, frames)
 
     # The 3D encoder, and what a checkpoint says of all
     point_encoder = backbone.build(args, samplings, out_channels or encoder.dim).to(device)
     made_from = {"encoder": encoder.fingerprint(), "frames": of_frames(tables, labels),
                  "input": {"image_size": image_size} | samplings}
     content = {"backbone": args.backbone, "spec": point_encoder.spec, "samplings": samplings,
+               "sampling_flags": stage1.sampling_flags(args), "val_scenes": args.val_scenes,
                "encoder": models.source_of(args), "image_size": image_size, "made_from": made_from}
     return encoder, point_encoder, frames, content
 
@@ -63,15 +70,13 @@ def train(args, device, frames, model, loss_of, peaks, parts, content):
     """
     # ---- data ----
     checkpoint = find_last(args, content["made_from"])
-    steps_per_epoch = len(frames) // args.batch
-    total = args.steps or steps_per_epoch * args.epochs
+    total = args.steps or len(frames) // args.batch * args.epochs
     first = checkpoint["step"] if checkpoint else 0
     batches = training.Batches(len(frames), args.batch, first, total, args.seed)
     loader = training.load(frames, batches, collate, args.workers, device)
 
     # ---- optimizer ----
     optimizer = _optimizer(args, peaks)
-    warmup = _warmup_steps(args, total)
 
     # ---- resume ----
     if checkpoint:
@@ -88,7 +93,9 @@ def train(args, device, frames, model, loss_of, peaks, parts, content):
                mininterval=2)
     for step, batch in saver.guard(enumerate(bar, first)):
         for group in optimizer.param_groups:
-            group["lr"] = training.cosine(step, total, group["peak"], args.end_lr, warmup)
+            group["lr"] = _learning_rate(args, step, total, group["peak"])
+        if vars(args).get("drop_path"):
+            batch["draws"] = training.draws(batches.of(step), args.seed, 2 * args.depth)
         batch = training.to_device(batch, device)
         with training.autocast(device, args.precision):
             outputs = distributed(batch)  # what is frozen builds no graph
@@ -122,8 +129,8 @@ def _optimizer(args, peaks):
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
 
 
-def _warmup_steps(args, total):
-    """Steps from 0 to the peak: stage2.py's flag is a part of the run, stage1.py's are steps."""
-    if "warmup_part" in args:
-        return round(args.warmup_part * total)
-    return min(args.warmup_steps, total // 10)
+def _learning_rate(args, step, total, peak):
+    """The rate at a step: stage2.py's warm-up is a part of the run, stage1.py's are steps."""
+    if "warmup_part" not in args:
+        return stage1.learning_rate(args, step, total, peak)
+    return training.cosine(step, total, peak, args.end_lr, round(args.warmup_part * total))

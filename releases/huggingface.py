@@ -42,7 +42,6 @@ CLIP = (
     (r"blocks", "encoder.layers"), (r"norm([12])", r"layer_norm\1"),
     (r"attn\.(q|k|v)(uery|ey|alue)", r"self_attn.\1_proj"), (r"attn\.proj", "self_attn.out_proj"))
 
-FAMILIES = ("ViT",)  # of the networks that `config` and `weights` know
 MODELS = {  # model_type: class and names
     "vit": ("ViTModel", VIT),
     "dinov2": ("Dinov2Model", DINOV2),
@@ -50,6 +49,14 @@ MODELS = {  # model_type: class and names
     "dinov3_vit": ("DINOv3ViTModel", DINOV3),
     "clip_vision_model": ("CLIPVisionModelWithProjection", CLIP),
 }
+
+
+def has_model(row):
+    """Whether transformers has a network that gives the features of this row of models.ENCODERS.
+
+    MaskCLIP has CLIP's weights, but CLIP's network would give other features.
+    """
+    return row.network.FAMILY == "ViT" and "projected" not in row.network.FEATURES
 
 
 def model_type(encoder):

@@ -39,8 +39,8 @@ def arguments_of(state, subject):
     state: {published name: tensor}. Raises InputError, beginning with `subject`, where they are
     not a WaffleIron's.
     """
-    heads = {"classif.2.weight": "mlp", "classif.1.weight": "batchnorm",
-             "classif.weight": "linear"}  # by the last layer
+    heads = {"classif.3.weight": "mlp2", "classif.2.weight": "mlp",
+             "classif.1.weight": "batchnorm", "classif.weight": "linear"}  # by the last layer
     last = next((name for name in heads if name in state), "classif.weight")
     first_shape = tuple(getattr(state.get("embed.conv1.weight"), "shape", ()))
     last_shape = tuple(getattr(state.get(last), "shape", ()))
@@ -61,9 +61,10 @@ def from_released(state_dict, grids=GRIDS, subject="state_dict"):
     """A WaffleIron with published weights, in float32.
 
     Args:
-        state_dict: {published name: tensor}, as `unwrapped` takes it, with one of three heads: a
+        state_dict: {published name: tensor}, as `unwrapped` takes it, with one of four heads: a
             linear layer (`classif`: WaffleIron, ScaLR), BatchNorm and a linear layer (`classif.0`,
-            `.1`: ScaLR downstream) or an MLP (`classif.0`, `.2`: ScaLR+).
+            `.1`: ScaLR downstream), an MLP (`classif.0`, `.2`: ScaLR+) or the layers for several
+            teachers (`classif.0`, `.1`, `.3`: of stage1.py, nobody has published any).
         grids: as for WaffleIron; they are not in the weights.
         subject: what an error message begins with.
     Raises InputError, naming the first five differences, for missing or unexpected names and wrong

@@ -16,7 +16,7 @@ def write_stage2(monkeypatch, folder, name, size, feature="norm"):
     weights are noise, so that nothing is tested at 0 or 1.
     """
     row = ENCODERS[name]
-    if row.network is ViT:
+    if issubclass(row.network, ViT):
         narrow = NARROW if "swiglu" in row.arguments.get("mlp", "") else {}
         small = row._replace(arguments=row.arguments | narrow | {"depth": 2})
         monkeypatch.setitem(ENCODERS, name, small)
@@ -45,9 +45,9 @@ def add_noise(encoder):
     for key, value in encoder.backbone.state_dict().items():
         if "running_var" in key:
             value.copy_(0.5 + torch.rand(value.shape, generator=noise))
-        elif encoder.row.network is not ViT and value.ndim == 1:
+        elif not issubclass(encoder.row.network, ViT) and value.ndim == 1:
             value.copy_(0.3 + 0.2 * normal(value))
-        elif encoder.row.network is ViT and not key.endswith(("bias_mask", "periods")):
+        elif issubclass(encoder.row.network, ViT) and not key.endswith(("bias_mask", "periods")):
             is_large = value.ndim == 1 or "token" in key or key in ("pos_embed", "proj")
             value.add_((0.3 if is_large else 0.06) * normal(value))
 

@@ -7,6 +7,7 @@ has all files, and the functions that docs/read.md names are there.
 import re
 import runpy
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -22,12 +23,14 @@ SMALL = {  # what is added to a command of a script
     "eval": ["--workers", "0", "--device", "cpu"],
     "miniature.world": ["--train", "2", "1", "1", "--val", "1", "--frames", "1",
                         "--azimuths", "64", "--workers", "1"],
+    "miniature.world --dataset": ["--train", "1", "0", "0", "--val", "1", "--frames", "1",
+                                  "--azimuths", "64", "--workers", "1"],
     "experiments.corruptions make": ["--workers", "0"],
     "experiments.corruptions images": ["--workers", "0", "--device", "cpu"],
     "experiments.visualize": ["--device", "cpu"]}
 SMALL["experiments.ablations"] = SMALL["stage1"]
 ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ", "experiments.bench ",  # have tests of theirs
-             "experiments.reproduce --seeds", "experiments.reproduce --claim",
+             "experiments.reproduce --paper", "experiments.reproduce --claim",
              "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
 
 
@@ -60,9 +63,11 @@ def commands():
 def test_the_commands_are_found():
     names = [argv[0] for _, argv in commands()]
     assert len(names) >= 30
-    assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "stage1", "stage2", "probe",
-            "finetune", "eval", "export", "miniature.world", "miniature.pretrain",
-            "experiments.ablations", "experiments.bench", "experiments.corruptions",
+    assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "readers.semantickitti",
+            "stage1", "stage2", "probe", "finetune", "eval", "export", "miniature.world",
+            "miniature.pretrain",
+            "experiments.ablations", "experiments.bench", "experiments.bench_scalr",
+            "experiments.corruptions",
             "experiments.reproduce", "experiments.visualize"} == set(names)
 
 
@@ -120,7 +125,7 @@ def test_what_the_reading_page_names_is_there():
 
 
 @pytest.fixture
-def place(world, tmp_path, monkeypatch):
+def place(world, kitti, panda, tmp_path, monkeypatch):
     """A folder in which the pages' relative paths are."""
     from miniature.world import make_world
     images = tmp_path / "images"
@@ -135,8 +140,11 @@ def place(world, tmp_path, monkeypatch):
         (seed / name).symlink_to(there)
     monkeypatch.chdir(tmp_path)
     shipped = str(ROOT / "miniature/encoder.pth")
-    return {"/data/nuscenes": str(world), "/data/more": str(world), "/data/nuimages": str(images),
-            "miniature/encoder.pth": shipped, "dinov2_vits14": shipped, "vit_small14": "vit_small8"}
+    more = shutil.copytree(world, tmp_path / "more")
+    return {"/data/nuscenes": str(world), "/data/more": str(more), "/data/nuimages": str(images),
+            "/data/kitti": str(kitti), "/data/pandaset": str(panda),
+            "miniature/encoder.pth": shipped, "dinov2_vits14": shipped, "vit_small14": "vit_small8",
+            "dinov2_vitl14": shipped, "maskclip_vitb16": "runs/s2"}
 
 
 @pytest.mark.slow

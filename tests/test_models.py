@@ -40,6 +40,7 @@ def test_models_py_prints_the_table():
     assert set(ENCODERS) <= set(lines)
     clip = lines["clip_vitb16"].split()
     assert clip == ["clip_vitb16", "openai/CLIP", "16", "768", "ViT", "norm", "CLIP", "MIT"]
+    assert lines["maskclip_vitb16"].split()[3:7] == ["512", "ViT", "projected", "CLIP"]
     assert "CC-BY-NC-4.0" in lines["depth_anything_v2_vitb"]
     assert "0.48145466" in lines["CLIP:"]
 
@@ -54,6 +55,18 @@ def test_built_in_shapes(name, size):
     p = encoder.patch_size
     out = encoder(torch.rand(2, 3, h, w))
     assert out.shape == (2, encoder.dim, h // p, w // p)
+
+
+def test_maskclip_s_width_is_its_feature_s():
+    assert ENCODERS["maskclip_vitb16"].dim == 512 and ENCODERS["clip_vitb16"].dim == 768
+    for feature, width in (("projected", 512), ("values", 768)):
+        spec = {"name": "maskclip_vitb16", "feature": feature}
+        assert ImageEncoder(torch.nn.Identity(), spec).dim == width
+    with pytest.raises(InputError, match="--feature norm: maskclip_vitb16 has projected, values"):
+        load_image_encoder("maskclip_vitb16", "random", feature="norm")
+    for name in ("clip_vitb16", "vit_mini8"):
+        with pytest.raises(InputError, match=f"--feature values: {name} has prenorm, norm, keys"):
+            load_image_encoder(name, "random", feature="values")
 
 
 def test_the_map_is_laid_out_as_the_image():

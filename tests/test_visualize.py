@@ -154,7 +154,7 @@ def test_a_point_by_place_needs_no_labels(world, table, first, monkeypatch):
      "--classes dog: nuscenes has barrier, bicycle"),
     ("correlation --encoder FIRST --class ignore --data WORLD", "--class ignore: nuscenes has"),
     ("pca --encoders vit_mini8 --data nuscenes=WORLD,nuscenes=WORLD --weights random",
-     "a picture is of one dataset, not of nuscenes and nuscenes"),
+     "given twice; its frames would count double"),
     ("correlation --encoder PROBES/seg --data WORLD", "point_encoder is needed"),
     ("correlation --encoder FIRST --radius 0.5 --data WORLD", "--radius 0.5: must be at least 1")])
 def test_bad_input_is_one_line_and_exit_code_2(argv, part, world, first, probes, tmp_path, capsys):

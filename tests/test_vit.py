@@ -1,10 +1,12 @@
 """The vision transformer against published code: DINOv2's and CLIP's outputs, and timm's DINO."""
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
+from torch import nn
 
 from releases.clip import clip_name
-from vit import RotaryPositions, ViT, interpolate_positions, rotate
+from vit import MaskCLIP, RotaryPositions, ViT, interpolate_positions, rotate
 
 # Random weights of the published names, images, and what published code gives for them: PyPI's
 # dinov2 0.0.1.dev2 (Meta's code) and clip-anytorch 2.6.0 (OpenAI's). DINOv2's images have another
@@ -49,6 +51,49 @@ def test_clip_s_published_code():
                          for name, (their_name, _) in names.items()})
     for feature in ("prenorm", "norm"):
         close(vit.feature_map(golden["images"], feature), golden[feature], 2e-5)
+
+
+def clip_block(weights, prefix, x, mask):
+    """A block of CLIP by torch's own modules and CLIP's names. x: [B, T, D]."""
+    D = x.shape[2]
+    parts = {"ln_1": nn.LayerNorm(D), "ln_2": nn.LayerNorm(D), "mlp.c_fc": nn.Linear(D, 4 * D),
+             "mlp.c_proj": nn.Linear(4 * D, D),
+             "attn": nn.MultiheadAttention(D, 2, batch_first=True)}
+    for name, part in parts.items():
+        start = f"{prefix}{name}."
+        part.load_state_dict({key.removeprefix(start): value for key, value in weights.items()
+                              if key.startswith(start)})
+    y = parts["ln_1"](x)
+    x = x + parts["attn"](y, y, y, attn_mask=mask, need_weights=False)[0]
+    y = parts["mlp.c_fc"](parts["ln_2"](x))
+    return x + parts["mlp.c_proj"](y * torch.sigmoid(1.702 * y))
+
+
+def test_maskclip_is_clip_whose_last_tokens_attend_to_themselves():
+    """Attending to oneself alone gives one's own value, projected: that is MaskCLIP's change."""
+    D, grid = 32, (3, 4)
+    torch.manual_seed(0)
+    vit = noise(MaskCLIP(8, D, 2, 2, grid=grid, antialias=True, mlp="quick_gelu", clip=True))
+    weights = {}
+    for name, value in vit.state_dict().items():
+        their_name, shape = clip_name(name, value.shape)
+        weights[their_name] = value.reshape(shape)
+    images = torch.randn(2, 3, 24, 32)
+
+    def layernorm(x, name):
+        return F.layer_norm(x, (D,), weights[f"{name}.weight"], weights[f"{name}.bias"])
+    patches = F.conv2d(images, weights["conv1.weight"], stride=8).flatten(2).transpose(1, 2)
+    x = torch.cat([weights["class_embedding"].expand(2, 1, D), patches], 1)
+    x = layernorm(x + weights["positional_embedding"], "ln_pre")
+    x = clip_block(weights, "transformer.resblocks.0.", x, mask=None)
+    itself = torch.full((13, 13), -torch.inf).fill_diagonal_(0)
+    values = layernorm(clip_block(weights, "transformer.resblocks.1.", x, itself), "ln_post")
+    for feature, tokens in (("values", values), ("projected", values @ weights["proj"])):
+        expected = tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+        close(vit.feature_map(images, feature), expected, 1e-5)
+    # CLIP's own features are others
+    clip = layernorm(clip_block(weights, "transformer.resblocks.1.", x, None), "ln_post")
+    assert (clip - values).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("patch_size", [8, 14, 16])

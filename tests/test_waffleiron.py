@@ -216,6 +216,24 @@ def test_drop_path_drops_whole_clouds(silenced):
     assert 130 <= kept.sum() <= 170  # of 200; 150 expected, standard deviation 6
 
 
+def test_given_draws_decide_which_branches_are_dropped():
+    batch = collate([random_cloud(6) for _ in range(3)])
+    model = WaffleIron(**SMALL | {"depth": 2}, drop_path=0.25).train()
+    model.embed.eval()  # BatchNorm of the cloud alone and of the batch would differ
+    stem = model.embed(batch["inputs"]["points"], batch["inputs"]["neighbors"])
+    # The first cloud loses all branches, the second none, the third all but its second layer's
+    draws = torch.tensor([[0.9, 0.1, 0.9], [0.9, 0.1, 0.9], [0.9, 0.1, 0.1], [0.9, 0.1, 0.74]])
+    found = model.features(batch | {"draws": draws})
+    assert torch.equal(found[:6], stem[:6])
+    model.spec["drop_path"] = 0.0
+    for mix in (*model.spatial_mix, *model.channel_mix):
+        mix.scale.data /= 0.75
+    torch.testing.assert_close(found[6:12], model.features(batch)[6:12])
+    for mix in (model.spatial_mix[0], model.channel_mix[0]):
+        mix.scale.data.zero_()
+    torch.testing.assert_close(found[12:], model.features(batch)[12:])
+
+
 def test_deep_random_model_is_alive_and_trains():
     model = WaffleIron(channels=16, depth=48, out_channels=4, grids=GRIDS)
     cloud = random_cloud(60)

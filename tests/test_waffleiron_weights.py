@@ -22,7 +22,8 @@ from waffleiron import WaffleIron
 
 # name: (norm, head)
 VARIANTS = {"ScaLR": ("layernorm", "linear"), "WaffleIron": ("batchnorm", "linear"),
-            "ScaLR downstream": ("layernorm", "batchnorm"), "ScaLR+": ("layernorm", "mlp")}
+            "ScaLR downstream": ("layernorm", "batchnorm"), "ScaLR+": ("layernorm", "mlp"),
+            "several teachers": ("layernorm", "mlp2")}
 every_variant = pytest.mark.parametrize("norm, head", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -168,6 +169,17 @@ def test_names_and_shapes_of_the_released_scalr_model():
     zeros = {name: torch.zeros(()).expand(shape) for name, shape in expected.items()}
     loaded = from_released(zeros)
     assert loaded.spec == model.spec
+
+
+def test_names_and_shapes_of_the_released_scalr_plus_model():
+    """768 wide and 48 deep, LayerNorm in all blocks, a head 768 -> 2048 -> 1024."""
+    expected = released_shapes("layernorm", "mlp", channels=768, depth=48, hidden=2048, out=1024)
+    assert len(expected) == 697 and expected["classif.2.weight"] == (1024, 2048, 1)
+    loaded = from_released({name: torch.zeros(()).expand(shape)
+                            for name, shape in expected.items()})
+    with torch.device("meta"):
+        model = WaffleIron(out_channels=1024, activation="gelu", drop_path=0.2, head="mlp")
+    assert loaded.spec == model.spec and shapes_of(to_released(model)) == expected
 
 
 @pytest.mark.parametrize("channels, norm, out_channels, parameters", [

@@ -16,7 +16,7 @@ META = ("dinov2", "depth_anything_v2", "dinov3")  # Meta's code: a mask token an
 
 def vit_shapes(name, depth):
     """{name: shape} of a released ViT with so many blocks."""
-    family = name.split("_vit")[0]
+    family = name.split("_vit")[0].removeprefix("mask")
     size = name.split("_vit")[1][0]
     if family == "clip":
         return clip_shapes(depth)
@@ -162,7 +162,7 @@ def released_file(name, state):
     if name.startswith("depth_anything"):
         backbone = {f"pretrained.{key}": value for key, value in state.items()}
         return backbone | {"depth_head.projects.0.weight": other}
-    if name.startswith("clip"):  # in half precision, beside the text encoder
+    if "clip" in name:  # in half precision, beside the text encoder
         visual = {f"visual.{key}": value.half() for key, value in state.items()}
         return visual | {"transformer.resblocks.0.ln_1.weight": torch.ones(512),
                          "text_projection": torch.zeros(512, 512), "logit_scale": torch.ones(())}
@@ -178,7 +178,7 @@ def released_file(name, state):
 def write_hub(folder, name, entry, state):
     """A stand-in for a clone of the release's repository, with its weights."""
     folder.mkdir(exist_ok=True)
-    is_clip = name.startswith("clip")  # its entry takes no `pretrained`, and gives a transform too
+    is_clip = "clip" in name  # its entry takes no `pretrained`, and gives a transform too
     torch.save(released_file(name, state) if is_clip else state, folder / f"{entry}.pth")
     parameters = "**kwargs" if is_clip else "pretrained=True"
     result = "model, None" if is_clip else "model"

@@ -91,6 +91,10 @@ def released_shapes(norm, head, channels=8, depth=3, out=6, hidden=10):
     elif head == "batchnorm":
         batchnorm("classif.0", channels)
         layer("classif.1", out, channels, 1)
+    elif head == "mlp2":
+        layer("classif.0", 2 * channels, channels, 1)
+        layernorm("classif.1", 2 * channels)
+        layer("classif.3", out, 2 * channels, 1)
     else:
         layer("classif.0", hidden, channels, 1)
         layer("classif.2", out, hidden, 1)
@@ -157,7 +161,10 @@ def by_hand(weights, activation, cloud):
         x = x + weights[f"{mix}.scale.weight"].squeeze(2) * convolve(F.conv1d, y, f"{mix}.mlp.2")
 
     # head
-    if "classif.2.weight" in weights:
+    if "classif.3.weight" in weights:
+        output = F.relu(normalise(convolve(F.conv1d, x, "classif.0"), "classif.1"))
+        output = convolve(F.conv1d, output, "classif.3")
+    elif "classif.2.weight" in weights:
         output = F.relu(convolve(F.conv1d, x, "classif.0"))
         output = convolve(F.conv1d, output, "classif.2")
     elif "classif.1.weight" in weights:
