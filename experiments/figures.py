@@ -252,32 +252,48 @@ def draw_column(above, below, column, count, table):
 
     Returns: the dots below, for the colour bar; the ring around the chosen point above, or None.
     """
-    from matplotlib.colors import Normalize
-    from sklearn.metrics import roc_auc_score
     item, features, reference, number, point = column
-    xyz, part = item["xyz"].numpy(), item["part"].numpy()
     similarity = (features @ reference).numpy()
-    labels = np.where(part, item["labels"].numpy(), 0) if number else np.full(len(xyz), -1)
-
-    # The higher points on top of the lower ones
-    order = np.flatnonzero(part)[xyz[part, 2].argsort()]
-    x, y = xyz[order, :2].T
-    dots = dict(s=np.clip(16000 / len(order) / count, 0.3, 3), linewidths=0)
-    of_class = (labels == number)[order, None]
-    above.scatter(x, y, c=np.where(of_class, YELLOW, 0.4), **dots)
-    drawn = below.scatter(x, y, c=similarity[order], cmap="coolwarm", norm=Normalize(-1, 1), **dots)
+    labels = item["labels"].numpy() if number else np.full(len(similarity), -1)
+    draw_points(above, item, np.where((labels == number)[:, None], YELLOW, 0.4), count)
+    drawn = draw_points(below, item, similarity, count)
     ring = None
     if point is not None:
-        circle = dict(s=80, facecolors="none", edgecolors="#30e030", linewidths=1.5)
-        ring = above.scatter(*xyz[point, :2], label="chosen point", **circle)
-        below.scatter(*xyz[point, :2], **circle)
+        ring = mark(above, item, point)
+        mark(below, item, point)
 
     above.set_title(condition_of(item, table))
     below.set_xlabel("x [m]")
     if number:
         name = in_words(table.reader.CLASSES[number])
-        labelled = labels > 0
-        score = roc_auc_score(labels[labelled] == number, similarity[labelled])
         above.set_title(f"{condition_of(item, table)}\n{name}".strip())
-        below.set_title(f"AUC {score:.2f}")
+        below.set_title(f"AUC {separation(item, similarity, number):.2f}")
     return drawn, ring
+
+
+def draw_points(axis, item, values, count):
+    """The points in a scan's `part` from above, by their colours [N, 3] or cosines [N].
+
+    count: of the panels beside each other. Returns the dots.
+    """
+    from matplotlib.colors import Normalize
+
+    # The higher points on top of the lower ones
+    xyz, part = item["xyz"].numpy(), item["part"].numpy()
+    order = np.flatnonzero(part)[xyz[part, 2].argsort()]
+    size = np.clip(16000 / len(order) / count, 0.3, 3)
+    how = dict(cmap="coolwarm", norm=Normalize(-1, 1)) if values.ndim == 1 else {}
+    return axis.scatter(*xyz[order, :2].T, s=size, linewidths=0, c=values[order], **how)
+
+
+def mark(axis, item, point):
+    """A ring around a point."""
+    return axis.scatter(*item["xyz"][point, :2].numpy(), s=80, facecolors="none",
+                        edgecolors="#30e030", linewidths=1.5, label="chosen point")
+
+
+def separation(item, similarity, number):
+    """AUC: how often a point of the class `number` is more similar than another labelled point."""
+    from sklearn.metrics import roc_auc_score
+    labelled = (item["part"] & (item["labels"] > 0)).numpy()
+    return roc_auc_score(item["labels"].numpy()[labelled] == number, similarity[labelled])

@@ -1,8 +1,9 @@
-"""The paper's directional claims in miniature: the two numbers of each, over seeds, and a verdict.
+"""The papers' directional claims in miniature: the two numbers of each, over seeds, and a verdict.
 
     python -m experiments.reproduce --list            # the claims
     python -m experiments.reproduce --claim night     # one claim alone, with the runs that it needs
     python -m experiments.reproduce --seeds 1 2 3     # all claims; writes results/miniature.md
+    python -m experiments.reproduce --paper scalr --seeds 1 2 3     # ScaLR's alone, the same
 
 A claim compares two numbers of two runs on the embedded world, whose settings are demo.py's. They
 were chosen on the world of seed 0. Each command is printed before it runs, so that it can be run by
@@ -12,10 +13,11 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
 from demo import run as run_command
+from experiments import scalr_claims
+from experiments.claims import Claim, Number, numbers_of
 from plumbing.arguments import SEED, Distinct, Parser
 from plumbing.atomic import read_json, write_json, write_text
 from plumbing.errors import InputError, one_line_errors
@@ -27,13 +29,14 @@ NOISE = {"mIoU": 0.5, "RMSE": 0.1}
 RULE = ("*holds*: the mean difference in the claimed direction is larger than the noise, which is "
         "the larger of twice its standard error over the seeds and "
         f"{NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE; "
-        "*does not hold*: it is that large in the other direction; else *within noise*.")
+        "*does not hold*: it is that large in the other direction; else *within noise*. Where a "
+        "run is claimed to be *not worse*, within noise it holds.")
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
 ENCODER = "miniature/encoder.pth"  # "base" among the runs: the image encoder as it was
-WORLDS = ("world", "images", "world-noisy", "world-sparse")
+WORLDS = ("world", "images", "world-noisy", "world-sparse", *scalr_claims.WORLDS)
 ONE_PERCENT = "--percent 1 --head batchnorm --batch 4 --lr 3e-4 --epochs 60"
 CORRUPTED = "--corruptions fog gaussian_noise motion_blur --severity 3"  # of Table 6's images
 
@@ -77,7 +80,7 @@ COMMANDS = {
     "joint-contrastive": "-m experiments.ablations joint --loss contrastive "
                          f"{FROM_ENCODER} --batch 16 --lr-2d 4e-3",
     "cd-sparse": f"stage2.py {_after('stage1', '{world-sparse}')}",
-}
+} | scalr_claims.COMMANDS
 # task: command of a probe, without --encoder and --out
 TASKS = {
     **{task: f"probe.py {WORLD} --task {task} {flags}" for task, flags in PROBES.items()},
@@ -86,48 +89,10 @@ TASKS = {
     "nuimages-1%": f"finetune.py {IMAGES} --task seg {ONE_PERCENT}",
     "depth-finetuned": f"finetune.py {WORLD} --task depth --head batchnorm --batch 16 --lr 1e-3 "
                        "--head-lr 1e-1 --epochs 4",
-}
+} | scalr_claims.TASKS
 
 
 # ---- claims --------------------------------------------------------------------------------------
-
-class Number(NamedTuple):
-    """A number of an evaluation: an encoder's, on a task, under a column of the table.
-
-    run: the run that made the encoder, or "base". corruption: of the images.
-    """
-    run: str
-    task: str
-    column: str = "full"
-    corruption: str = "clean"
-
-    @property
-    def metric(self):
-        return "RMSE" if self.task.startswith("depth") else "mIoU"
-
-
-class Claim(NamedTuple):
-    """`better` is claimed to be better than `worse`: a higher mIoU or a lower RMSE.
-
-    Each side is a Number, or a pair of them whose difference is meant. table: of the paper. paper:
-    the paper's two numbers.
-    """
-    name: str
-    table: str
-    sentence: str
-    better: Number | tuple
-    worse: Number | tuple
-    paper: tuple
-
-    @property
-    def metric(self):
-        return _numbers(self.better)[0].metric
-
-
-def _numbers(side):
-    """The one or two Numbers of a claim's side."""
-    return (side,) if isinstance(side, Number) else side
-
 
 PROTOCOLS = {
     "seg": "linear probe, segmentation",
@@ -201,7 +166,9 @@ _CLAIMS = (
           "two stages are better than joint training (contrastive; the paper has one row for both)",
           AFTER, Number("joint-contrastive", "seg"), (51.9, 38.5)),
 )
-CLAIMS = {claim.name: claim for claim in _CLAIMS}
+PAPERS = {"cd": ("Collaborative distillation", "on nuScenes with DINOv2 ViT-S/14", _CLAIMS),
+          "scalr": ("ScaLR", "linear probes on the whole datasets", scalr_claims.CLAIMS)}
+CLAIMS = {claim.name: claim for claim in (*_CLAIMS, *scalr_claims.CLAIMS)}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -264,7 +231,7 @@ class World:
 
         Raises InputError where their results cannot be compared.
         """
-        for better, worse in zip(_numbers(claim.better), _numbers(claim.worse)):
+        for better, worse in zip(numbers_of(claim.better), numbers_of(claim.worse)):
             reason = not_comparable(self.result(better), self.result(worse))
             if reason:
                 raise InputError(f"claim {claim.name}: {better.run} and {worse.run} "
@@ -303,7 +270,7 @@ class World:
 
 # ---- verdicts ------------------------------------------------------------------------------------
 
-def verdict(differences, metric):
+def verdict(differences, metric, at_least=False):
     """The verdict of RULE on the differences better - worse, one for each seed."""
     # A lower RMSE is a gain
     gains = [-d if metric == "RMSE" else d for d in differences]
@@ -312,32 +279,47 @@ def verdict(differences, metric):
     noise = max(2 * error, NOISE[metric])
     if mean > noise:
         return "holds"
-    return "does not hold" if mean < -noise else "within noise"
+    if mean < -noise:
+        return "does not hold"
+    return "holds" if at_least else "within noise"
 
 
 def row(claim, values):
     """The table's row for a claim and its [(better, worse)] over the seeds."""
     digits = 1 if claim.metric == "mIoU" else 2
-    paper = " / ".join(f"{number:.{digits}f}" for number in claim.paper)
+    paper = " / ".join(f"{number:.{digits}f}" for number in claim.paper or ()) or "–"
     here = " / ".join(mean_and_spread(numbers, digits) for numbers in zip(*values))
     differences = [better - worse for better, worse in values]
     cells = (f"`{claim.name}`", claim.table, claim.sentence, claim.metric, paper, here,
-             mean_and_spread(differences, digits, "+"), verdict(differences, claim.metric))
+             mean_and_spread(differences, digits, "+"),
+             verdict(differences, claim.metric, claim.at_least))
     return f"| {' | '.join(cells)} |"
 
 
-def report(rows, command, seeds, seconds):
-    """The text of results/miniature.md: how the rows of the claims were made, and the rows."""
+def section(paper, rows, command, seeds, seconds):
+    """A paper's part of results/miniature.md: how its claims' rows were made, and the rows."""
+    title, where, _ = PAPERS[paper]
     several = len(seeds) > 1
     spread = " ± standard deviation" if several else ""
     return "\n".join([
-        "# The paper's claims in miniature", "",
+        f"## {title}", "",
         f"`{command}`, {seconds / 60:.0f} minutes in all: mean{spread} over the worlds and "
         f"trainings of seed{'s' if several else ''} {' '.join(map(str, seeds))}. Each pair is",
-        "*claimed to be better / claimed to be worse*; the paper's numbers are its own, "
-        "on nuScenes with DINOv2 ViT-S/14.", "",
-        "| claim | table | in words | metric | paper | here | difference | verdict |",
-        "|---|---|---|---|---:|---:|---:|---|", *rows, "", RULE, ""])
+        f"*claimed to be better / claimed to be worse*; the paper's numbers are its own, {where}.",
+        "", "| claim | table | in words | metric | paper | here | difference | verdict |",
+        "|---|---|---|---|---:|---:|---:|---|", *rows, ""])
+
+
+def page(sections, before=""):
+    """The text of results/miniature.md: {paper: section}, and those of `before` for the others."""
+    parts = []
+    for paper, (title, *_) in PAPERS.items():
+        text = sections.get(paper)
+        if text is None and f"## {title}\n" in before:
+            text = f"## {title}\n" + before.split(f"## {title}\n")[1].split("\n## ")[0]
+        if text:
+            parts.append(text.strip() + "\n")
+    return "\n".join(["# The papers' claims in miniature", "", *parts, "## The rule", "", RULE, ""])
 
 
 @one_line_errors
@@ -345,12 +327,14 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--claim", nargs="+", action=Distinct, choices=CLAIMS, metavar="NAME",
-        default=list(CLAIMS), help="(default: all; --list shows them)")
+        help="(default: all of --paper; --list shows them)")
+    add("--paper", nargs="+", action=Distinct, choices=PAPERS, default=list(PAPERS),
+        help="whose claims (default: all)")
     add("--seeds", type=SEED, nargs="+", action=Distinct, default=[1],
         help="worlds and trainings (default: 1)")
     add("--runs", default="runs/miniature", help="folder of the runs (default: %(default)s)")
-    add("--out", help="file of the table (default: results/miniature.md for all claims, else "
-        "nothing is written)")
+    add("--out", help="file of the tables (default: results/miniature.md for all claims of a "
+        "paper, whose part of it is replaced, else nothing is written)")
     add("--list", action="store_true", help="print the claims and stop")
     args = parser.parse_args(argv)
     if args.list:
@@ -358,27 +342,40 @@ def main(argv=None):
             print(f"{claim.name:20} Table {claim.table:2} {claim.sentence}")
         return
 
-    # Make the runs, claim by claim
+    # Make the runs, claim by claim, and say what was found
     os.chdir(ROOT)
     worlds = [World(args.runs, seed) for seed in args.seeds]
-    rows = []
-    for name in args.claim:
-        claim = CLAIMS[name]
-        rows.append(row(claim, [world.values(claim) for world in worlds]))
-        print(f"\n{rows[-1]}", flush=True)
+    sections = {}
+    for paper in PAPERS:
+        names = [claim.name for claim in PAPERS[paper][2]]
+        asked = [name for name in args.claim or names if name in names]
+        if asked and (args.claim or paper in args.paper):
+            sections[paper] = found(paper, asked, worlds, args)
 
-    # Say what was found
-    whole = args.claim == list(CLAIMS)
-    command = f"python -m experiments.reproduce --seeds {' '.join(map(str, args.seeds))}"
-    if not whole:
-        command += f" --claim {' '.join(args.claim)}"
-    seconds = sum(world.done[name]["seconds"] for world in worlds for name in world.used)
-    text = report(rows, command, args.seeds, seconds)
-    print(f"\n{text}")
+    whole = args.claim is None
     out = args.out or ("results/miniature.md" if whole else None)
+    before = Path(out).read_text() if whole and out and Path(out).is_file() else ""
+    text = page(sections, before)
+    print(f"\n{text}")
     if out:
         write_text(out, text)
         print(f"written: {out}")
+
+
+def found(paper, names, worlds, args):
+    """The section of a paper's claims `names`, whose runs are made first."""
+    rows = []
+    for world in worlds:
+        world.used.clear()
+    for name in names:
+        claim = CLAIMS[name]
+        rows.append(row(claim, [world.values(claim) for world in worlds]))
+        print(f"\n{rows[-1]}", flush=True)
+    command = "python -m experiments.reproduce"
+    command += f" --claim {' '.join(names)}" if args.claim else f" --paper {paper}"
+    command += f" --seeds {' '.join(map(str, args.seeds))}"
+    seconds = sum(world.done[name]["seconds"] for world in worlds for name in world.used)
+    return section(paper, rows, command, args.seeds, seconds)
 
 
 if __name__ == "__main__":

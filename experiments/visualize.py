@@ -30,7 +30,9 @@ from probe import TASKS
 from readers.table import open_tables
 
 ENOUGH = 5  # how many points of a class a scan must have to be drawn for it
-SHOWN = ("car", "pedestrian", "driveable_surface", "sidewalk")  # unless --classes says otherwise
+SHOWN = {  # unless --classes says otherwise: what the datasets call each of them
+    "car": ("car",), "pedestrian": ("pedestrian", "person"),
+    "road": ("driveable_surface", "road", "ground"), "sidewalk": ("sidewalk",)}
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -50,6 +52,12 @@ def conditions_there(table):
         return (None,)
     rows = table.select("val").rows
     return [table.conditions[number] for number in np.unique(table["condition"][rows])]
+
+
+def shown_classes(classes):
+    """{name in SHOWN: the dataset's} of those that are among a dataset's classes."""
+    own = {kind: [name for name in names if name in classes] for kind, names in SHOWN.items()}
+    return {kind: names[0] for kind, names in own.items() if names}
 
 
 def class_numbers(table, flag, names, default):
@@ -340,11 +348,12 @@ def draw_scans(args, device):
     encoder, stage1 = models.load_point_encoder(args.encoder)
     encoder = encoder.to(device).eval()
     table = open_one(args.data, args.version)
-    encoder.use(set_sampling([table], stage1.get("samplings")))
+    encoder.use(set_sampling([table], stage1.get("samplings"), None, stage1.get("sampling_flags")))
     rng = np.random.default_rng(args.seed)
     by_place = getattr(args, "point", None)
-    asked = {"prototypes": ("--classes", args.classes, SHOWN),
-             "correlation": ("--class", args.classes, SHOWN[:1])}[args.figure]
+    shown = shown_classes(table.reader.CLASSES).values()
+    asked = {"prototypes": ("--classes", args.classes, shown),
+             "correlation": ("--class", args.classes, SHOWN["car"])}[args.figure]
     wanted = [] if by_place else class_numbers(table, *asked)
     items = random_scans(table, encoder, wanted, getattr(args, "scans", 1), args.radius, rng)
 

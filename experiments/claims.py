@@ -1,0 +1,41 @@
+"""What a claim of a paper is: two numbers, one of which is claimed to be better."""
+from typing import NamedTuple
+
+
+class Number(NamedTuple):
+    """A number of an evaluation: an encoder's, on a task, under a column of the table.
+
+    run: the run that made the encoder, or "base". corruption: of the images.
+    """
+    run: str
+    task: str
+    column: str = "full"
+    corruption: str = "clean"
+
+    @property
+    def metric(self):
+        return "RMSE" if self.task.startswith("depth") else "mIoU"
+
+
+class Claim(NamedTuple):
+    """`better` is claimed to be better than `worse`: a higher mIoU or a lower RMSE.
+
+    Each side is a Number, or a pair of them whose difference is meant. table: of the paper. paper:
+    the paper's two numbers; None where it has none. at_least: "not worse" is claimed, no more.
+    """
+    name: str
+    table: str
+    sentence: str
+    better: Number | tuple
+    worse: Number | tuple
+    paper: tuple | None
+    at_least: bool = False
+
+    @property
+    def metric(self):
+        return numbers_of(self.better)[0].metric
+
+
+def numbers_of(side):
+    """The one or two Numbers of a claim's side."""
+    return (side,) if isinstance(side, Number) else side
