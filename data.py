@@ -57,7 +57,10 @@ def set_sampling(tables, stored=None, task=None, flags=None):
         sampling = sampling | table.sampling.get(task, {}) | flags
         for name in ("probe", "finetune"):
             sampling.pop(name, None)
-        known[table.name] = table.sampling = sampling
+        if known.setdefault(table.name, sampling) != sampling:
+            raise InputError(f"--data: the roots of {table.name} have intensities of other "
+                             "statistics; take one of them")
+        table.sampling = sampling
     return known
 
 

@@ -26,7 +26,7 @@ from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, differences, digest, of_frames, of_weights
 from plumbing.weights import load_checkpoint, load_strictly, located, say_if_unfinished
 from probe import TASKS, classes_of
-from readers.table import entries, has_versions, hold_out, open_tables
+from readers.table import entries, has_versions, hold_out, known_scenes, open_tables
 from results import results_table
 
 # ---- one probe -----------------------------------------------------------------------------------
@@ -173,8 +173,11 @@ class Evaluation:
         versioned = any(has_versions(name) for name, _ in there)
         with training.first_process_first():
             tables = open_tables(there, args["version"] if versioned else None, look=None)
-        if {name for name, _ in there} == {name for name, _ in home}:
-            hold_out(tables, args.get("val_scenes"))
+        held = known_scenes(args.get("val_scenes"), tables)
+        if args.get("val_scenes") and not held:
+            say(f"{path}: judged on the dataset's own validation split, none of "
+                f"{', '.join(args['val_scenes'])} is there")
+        hold_out(tables, held)
         check_classes(tables, self.probe)
         tables = select(tables, "val")
         prepare = None
@@ -184,7 +187,7 @@ class Evaluation:
             prepare = self.encoder.prepare
         self.frames = Frames(tables, args["cameras"], image_size, prepare, self.task.target,
                              points="every" if args["cameras"] == "scan" else "first")
-        self.protocol = protocol_of(self.probe, self.frames)
+        self.protocol = protocol_of(self.probe, self.frames) | {"val_scenes": held}
 
         # What the result is made from
         frames = training.by_first_process(lambda: of_frames(tables, labels, files=True))

@@ -34,7 +34,7 @@ from plumbing.arguments import COUNT, POSITIVE, RATE, Parser
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import entries, hold_out, open_tables
+from readers.table import entries, hold_out, open_tables, say_if_held_out
 
 # The papers' hyper-parameters by task, then dataset (C.3; seg3d: ScaLR supplement B.3). What a
 # dataset's row does not have is nuScenes'. lr and end_lr are the peak and the end of the cosine.
@@ -249,7 +249,9 @@ def set_up(args, encoder, image_size, stage1, points="random", validated=False):
     task = TASKS[args.task]
     labelled = task.target == "labels"
     with training.first_process_first():
-        tables = hold_out(open_tables(args.data, args.version, look=False), args.val_scenes)
+        tables = open_tables(args.data, args.version, look=False)
+    tables = hold_out(tables, args.val_scenes)
+    say_if_held_out(args.encoder, stage1, args.val_scenes, tables)
     for table in tables:
         say(table.summary())
     classes = classes_of(tables, args.task)

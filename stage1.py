@@ -58,9 +58,11 @@ def scalr_lengths(channels):
 
 def fill_in(args):
     """Set what was not given to the recipe's values; its epochs may depend on the datasets."""
-    for name, value in RECIPES[args.recipe].items():
+    for name, value in RECIPES[args.recipe or "cd"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.recipe == "cd":  # as where none is given, for a run that goes on
+        args.recipe = None
     if args.batch is None:
         args.batch = scalr_lengths(args.channels)["batch"]
     # Several teachers need more than a linear layer (ScaLR, supplement B.2)
@@ -70,17 +72,19 @@ def fill_in(args):
 
 def fill_in_epochs(args, frames):
     """Set --epochs by the datasets where the recipe asks for that, and print what it has set."""
+    lengths = scalr_lengths(args.channels)
+    filled = {"batch": lengths["batch"], "epochs": None}
     if args.epochs is None:
-        lengths = scalr_lengths(args.channels)
         steps = max(1, len(frames) // args.batch)  # of an epoch
         args.epochs = max(1, round(lengths["steps"] / steps))
         for datasets, epochs in lengths["epochs"]:
-            if datasets == set(frames.datasets):
+            if datasets == set(frames.datasets) and args.batch == lengths["batch"]:
                 args.epochs = epochs
+        filled["epochs"] = args.epochs
     found = []
-    for name, value in RECIPES[args.recipe].items():
+    for name, value in RECIPES[args.recipe or "cd"].items():
         now = getattr(args, name)
-        if value != CD.get(name) and value in (None, now):
+        if value != CD.get(name) and now == filled.get(name, value):
             words = " ".join(map(str, now)) if isinstance(now, list) else now
             found.append(f"{name.replace('_', ' ')} {words}")
     if found:
@@ -93,9 +97,9 @@ def parse(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     training.add_arguments(parser)
-    add("--recipe", choices=RECIPES, default="cd",
-        help="flags that are not given: the paper's, ScaLR's or ScaLR+'s (default: %(default)s; "
-             "the defaults below are its)")
+    add("--recipe", choices=RECIPES,
+        help="flags that are not given: the paper's, ScaLR's or ScaLR+'s (default: cd; the "
+             "defaults below are its)")
     models.add_arguments(parser, several=True, default="dinov2_vits14",
         help="image encoder, or several: names that `python models.py` lists, or checkpoints "
              "(default: %(default)s)")
@@ -178,7 +182,7 @@ def learning_rate(args, step, total, peak):
     if args.schedule == "rsqrt":
         return training.reciprocal_sqrt(step, total, peak)
     # ScaLR's 3 500 steps of 33 402 are more than a tenth
-    longest = total // (10 if args.recipe == "cd" else 9)
+    longest = total // (9 if args.recipe else 10)
     return training.cosine(step, total, peak, args.end_lr, min(args.warmup_steps, longest))
 
 
@@ -192,9 +196,8 @@ def main(argv=None):
     # ---- data ----
     check_cameras(entries(args.data))
     with training.first_process_first():
-        tables = open_tables(args.data, args.version, look=False)
+        tables = hold_out(open_tables(args.data, args.version, look=False), args.val_scenes)
         teachers = load_teachers(args, device)
-    tables = hold_out(tables, args.val_scenes)
     for table in tables:
         say(table.summary())
     image_size = teachers.image_size(args.image_size)

@@ -26,7 +26,7 @@ from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import check, of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import check_cameras, entries, hold_out, open_tables
+from readers.table import check_cameras, entries, hold_out, open_tables, say_if_held_out
 from teachers import keep_part, source_in
 
 LR = {"ViT": 2e-5, "ResNet-50": 5e-3}  # peak learning rates of the families of encoders
@@ -162,6 +162,7 @@ def main(argv=None):
     with training.first_process_first():
         tables = open_tables(args.data, args.version, look=False)
     tables = hold_out(tables, args.val_scenes)
+    say_if_held_out(args.stage1, stage1, args.val_scenes, tables)
     for table in tables:
         say(table.summary())
     skip_bad = args.on_bad_frame == "skip"

@@ -136,6 +136,10 @@ def source_in(stage1, path, encoder=None):
         raise InputError(f"--stage1 {path}: it had several teachers, "
                          f"{' and '.join(one['name'] for one in teachers)}; say with --encoder "
                          "which one of them this is for")
+    names = [one["name"] for one in teachers]
+    if encoder in models.ENCODERS and encoder not in names:
+        raise InputError(f"--encoder {encoder}: the teachers of --stage1 {path} are "
+                         f"{' and '.join(names)}; give one of them")
     named = [one for one in teachers if one["name"] == encoder]
     if len(named) != 1:
         return {}

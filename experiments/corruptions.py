@@ -252,9 +252,11 @@ def table(rows):
 def copies_for(path, args):
     """{corruption: --data of a probe's validation split under it}; copies go to args.copies."""
     probe = load_checkpoint(path, "probe")
+    if probe["args"].get("val_scenes"):
+        raise InputError(f"{path}: has --val-scenes; use `make`, then eval.py --data COPY")
     version = probe["args"]["version"]
-    sources = evaluation.data_given(args.data, evaluation.data_of(probe, path))
-    tables = open_tables(sources, version, look=None)
+    tables = open_tables(evaluation.data_given(args.data, evaluation.data_of(probe, path)),
+                         version, look=None)
     height, width = probe["image_size"]
     data = {}
     for name in args.corruptions:

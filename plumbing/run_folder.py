@@ -26,7 +26,7 @@ from plumbing.weights import is_outdated, read
 
 # Arguments that may differ when a run is resumed
 MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", "restart",
-              "recompute", "recipe"}
+              "recompute"}
 # Arguments that say where a source is, and the source. Its fingerprint is compared instead
 WHERE = {"version": "frames", "encoder": "encoder", "weights": "encoder", "hub": "encoder",
          "feature": "encoder", "stage1": "stage1"}

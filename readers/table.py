@@ -47,7 +47,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.arguments import Parser
-from plumbing.errors import InputError, one_line_errors
+from plumbing.errors import InputError, one_line_errors, say
 from readers.cache import cached
 from readers.conditions import named_conditions
 from readers.frame_table import FrameTable
@@ -96,7 +96,7 @@ def hold_out(tables, names):
     # All roots of a dataset are split alike
     for table in tables:
         if table.name in held:
-            split = table["split"].copy()
+            split = table["split"].astype("S5")  # of "val" alone it would cut "train"
             split[split != b"test"] = b"train"
             split[np.isin(table["scene"], held[table.name])] = b"val"
             table.columns = table.columns | {"split": split}
@@ -106,6 +106,24 @@ def hold_out(tables, names):
             raise InputError(f"--val-scenes: no scene of {name} is left to train on; it has "
                              f"{some_of(sorted(there[name]))}")
     return tables
+
+
+def known_scenes(names, tables):
+    """Those of these names of --val-scenes that the tables have; None for none."""
+    there = {f"{table.name}:{scene}" for table in tables for scene in table.scenes()}
+    there |= {name.partition(":")[2] for name in there}
+    return [name for name in names or () if name in there] or None
+
+
+def say_if_held_out(path, stage1, names, tables):
+    """A line where stage 1, whose checkpoint this is, had a split of its own and `names` is none.
+
+    Scenes that validate here may be what it has learnt from.
+    """
+    held = known_scenes(stage1.get("val_scenes"), tables)
+    if held and not names:
+        say(f"{path}: stage 1 had --val-scenes {' '.join(held)}; here the split is the dataset's "
+            "own, unless the flag is given here too")
 
 
 def check_cameras(found):
@@ -161,6 +179,11 @@ def open_tables(data, version=None, look=True, here=False):
         options = {"version": version} if version and takes_it else {}
         tables.append(_open(reader, Path(path).resolve(), options, look, here))
         tables[-1].options = options
+    # One root at two of its levels is the same dataset
+    places = [(table.name, table.root) for table in tables]
+    for name, root in places:
+        if places.count((name, root)) > 1:
+            raise InputError(f"--data {name}={root}: given twice; its frames would count double")
     return tables
 
 
@@ -168,6 +191,8 @@ def check_entries(found):
     """Raise InputError for a path that is not there, an unknown name, and one root given twice."""
     seen = set()
     for name, path in found:
+        if not str(path):
+            raise InputError(f"--data {name}=: no path; give {name}=PATH")
         if not Path(path).exists():
             raise InputError(f"--data {path}: no such folder{_hint(str(path))}")
         place = name, Path(path).resolve()

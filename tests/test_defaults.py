@@ -11,7 +11,8 @@ import stage2
 from readers.nuscenes import SAMPLING
 
 # | `script` | `--flag` | paper | `default` |
-SCRIPT = r"stage1|stage2|(?:probe|finetune) --task \w+(?: --data \w+=x)?"
+SCRIPT = (r"stage1(?: --recipe [\w+]+)?(?: --channels 256)?|stage2|"
+          r"(?:probe|finetune) --task \w+(?: --data \w+=x)?")
 ROW = rf"^\| `({SCRIPT})` \| `--([\w-]+)` \| (.+?) \| `(.+?)` \|"
 
 
@@ -23,8 +24,8 @@ def table():
 def defaults_of(script):
     """The script's arguments where only what it must be told is given."""
     needed = ["--data", "x", "--out", "y"]
-    if script == "stage1":
-        return stage1.parse(needed)
+    if script.startswith("stage1"):
+        return stage1.parse([*needed, *script.split()[1:]])
     if script == "stage2":
         return stage2.parse([*needed, "--stage1", "z"])
     name, *task = script.split()

@@ -27,9 +27,10 @@ SMALL = {  # what is added to a command of a script
                                   "--azimuths", "64", "--workers", "1"],
     "experiments.corruptions make": ["--workers", "0"],
     "experiments.corruptions images": ["--workers", "0", "--device", "cpu"],
-    "experiments.visualize": ["--device", "cpu"]}
+    "experiments.visualize": ["--device", "cpu"], "experiments.scalr_figures": ["--device", "cpu"]}
 SMALL["experiments.ablations"] = SMALL["stage1"]
-ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ", "experiments.bench ",  # have tests of theirs
+ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ",  # have tests of theirs
+             "experiments.bench ", "experiments.bench_scalr ",
              "experiments.reproduce --paper", "experiments.reproduce --claim",
              "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
 
@@ -66,9 +67,9 @@ def test_the_commands_are_found():
     assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "readers.semantickitti",
             "stage1", "stage2", "probe", "finetune", "eval", "export", "miniature.world",
             "miniature.pretrain",
-            "experiments.ablations", "experiments.bench", "experiments.bench_scalr",
-            "experiments.corruptions",
-            "experiments.reproduce", "experiments.visualize"} == set(names)
+            "experiments.scalr_figures", "experiments.ablations", "experiments.bench",
+            "experiments.bench_scalr", "experiments.corruptions", "experiments.reproduce",
+            "experiments.visualize"} == set(names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -191,3 +191,53 @@ def test_the_margin_and_the_least_depth_of_visibility():
     assert visible(margin=0) == [1, 2]                         # col 10 is outside
     assert visible(min_depth=0, margin=0) == [1, 2]            # col 11.25
     assert visible(min_depth=0.5) == [1]
+
+
+# ---- what was seen only when it was tried --------------------------------------------------------
+
+def test_a_table_of_validation_frames_alone_can_be_split(world):
+    table = open_one(world)
+    table = table.only(table.rows)
+    rows = np.flatnonzero(table["split"] == b"val")
+    table.columns = {name: values[rows] if len(values) == len(table["split"]) else values
+                     for name, values in table.columns.items()}
+    table.columns["split"] = table.columns["split"].astype("S3")
+    table.rows = np.arange(len(rows))
+    first = table.scenes()[0]
+    hold_out([table], [first])
+    assert scenes(table, b"val") == [first] and len(scenes(table, b"train")) == 5
+
+
+def test_two_levels_of_a_root_are_given_twice(bare):
+    name, root = bare
+    with pytest.raises(InputError, match="inside: given twice"):
+        open_tables([bare, (name, root / "inside")], here=True)
+    with pytest.raises(InputError, match="--data bare=: no path; give bare=PATH"):
+        open_tables([(name, "")], here=True)
+
+
+def test_roots_of_other_statistics_are_refused(bare):
+    (table,) = open_tables([bare], here=True)
+    other = table.only(table.rows)
+    other.sampling = table.sampling | {"intensity": (8.0, 3.0)}
+    with pytest.raises(InputError, match="the roots of bare have intensities of other statistics"):
+        set_sampling([table, other])
+
+
+@pytest.mark.slow
+def test_a_probe_says_that_stage_1_held_scenes_out(world, copy, tmp_path, capsys):
+    train = scenes(open_one(world), b"train")
+    s1, out = tmp_path / "s1", tmp_path / "p"
+    stage1.main(stage1_args(world, s1, "--steps", "1", "--val-scenes", train[0]))
+    capsys.readouterr()
+    probe.main(probe_args(world, "seg3d", s1, out, "--steps", "1", "--val-scenes", train[1]))
+    assert "stage 1 had --val-scenes" not in capsys.readouterr().out
+    probe.main(probe_args(world, "seg3d", s1, tmp_path / "q", "--steps", "1"))
+    assert f"stage 1 had --val-scenes {train[0]}; here the split" in capsys.readouterr().out
+
+    # another root of which none of its scenes is
+    split = (copy / "v1.0-trainval/scene.json")
+    split.write_text(split.read_text().replace(train[1], "scene-9999"))
+    evaluation.main([*eval_args(out, out=tmp_path / "t"), "--data", str(copy)])
+    assert "judged on the dataset's own validation split" in capsys.readouterr().out
+    assert "of its own split" not in (tmp_path / "t.md").read_text()

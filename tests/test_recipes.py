@@ -130,7 +130,7 @@ def test_it_has_no_jumps_and_ends_at_zero(total):
 
 
 def test_the_flag_chooses_the_schedule():
-    args = Namespace(schedule="rsqrt", warmup_steps=3500, end_lr=1e-5, recipe="cd")
+    args = Namespace(schedule="rsqrt", warmup_steps=3500, end_lr=1e-5, recipe=None)
     assert stage1.learning_rate(args, 145, 6500, 0.002) == pytest.approx(0.00141421, abs=5e-9)
     args.schedule = None
     assert stage1.learning_rate(args, 325, 6500, 0.002) == 0.001  # half of a warm-up of 650
@@ -221,13 +221,14 @@ def test_drop_path_is_the_same_in_two_processes(world, tmp_path):
     assert largest_difference(one.state_dict(), model_of(tmp_path / "two")) < 1e-4
 
 
-def test_a_recipe_may_be_named_later(world, first, tmp_path, capsys):
-    """Its values count when a run is resumed, its name does not."""
+def test_another_recipe_is_another_run_and_the_default_may_be_named(world, first, tmp_path, capsys):
+    """The recipe decides of the warm-up too, so its name counts beside its values."""
     out = shutil.copytree(first, tmp_path / "s1")
     argv = stage1_args(world, out, "--steps", "2", "--recipe", "scalr", "--epochs", "49")
     message = fails_with_one_line(capsys, stage1.main, argv)
-    assert "--conditions ['day-clear'], now ['all']" in message and "--recipe" not in message
-    stage1.main([*argv, "--conditions", "day-clear", "--batch", "2"])
+    assert "--conditions ['day-clear'], now ['all']" in message
+    assert "--recipe None, now scalr" in message
+    stage1.main(stage1_args(world, out, "--steps", "2", "--recipe", "cd"))
     assert "finished, at step 2" in capsys.readouterr().out
 
 
