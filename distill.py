@@ -61,6 +61,14 @@ def unit_parts(features, widths=None):
     return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
 
 
+def distances(pixel_features, point_features, widths=None):
+    """How far the L2-normalised features [M, D] of each pair are apart: [M]; widths: see below."""
+    g = unit_parts(pixel_features, widths)
+    f = unit_parts(point_features, widths)
+    # vector_norm has the subgradient 0 at 0, where sqrt(sum of squares) gives NaN
+    return torch.linalg.vector_norm(g - f, dim=1)
+
+
 def distillation_loss(pixel_features, point_features, direction, widths=None):
     """Mean distance of L2-normalised pixel and point features (Eq. 1 and 2).
 
@@ -83,10 +91,7 @@ def distillation_loss(pixel_features, point_features, direction, widths=None):
         pixel_features = pixel_features.detach()
     else:
         point_features = point_features.detach()
-    g = unit_parts(pixel_features, widths)
-    f = unit_parts(point_features, widths)
-    # vector_norm has the subgradient 0 at 0, where sqrt(sum of squares) gives NaN
-    return torch.linalg.vector_norm(g - f, dim=1).sum() / max(1, len(g))
+    return distances(pixel_features, point_features, widths).sum() / max(1, len(pixel_features))
 
 
 @torch.no_grad()
@@ -98,10 +103,8 @@ def sums_by(numbers, count, pixel_features, point_features, widths=None):
         pixel_features, point_features, widths: as for `distillation_loss`.
     Returns: [count, 2], the sum of each dataset's distances and the number of its pairs.
     """
-    g = unit_parts(pixel_features, widths)
-    f = unit_parts(point_features, widths)
-    distances = torch.linalg.vector_norm(g - f, dim=1).double()         # [M]
-    both = torch.stack([distances, torch.ones_like(distances)], dim=1)  # [M, 2]
+    each = distances(pixel_features, point_features, widths).double()  # [M]
+    both = torch.stack([each, torch.ones_like(each)], dim=1)           # [M, 2]
     return both.new_zeros(count, 2).index_add(0, numbers, both)
 
 

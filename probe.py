@@ -229,6 +229,15 @@ def classes_of(tables, task):
     return tables[0].reader.CLASSES[1:]
 
 
+def validation_of(args, tables):
+    """The tables with their validation frames alone; says so where there are none."""
+    of_val = [table.only((table["split"] == b"val").nonzero()[0]) for table in tables]
+    if not any(map(len, of_val)):
+        say(f"--data {args.data}: no frame of split 'val', so eval.py will need --data of other "
+            "frames; --val-scenes makes a split of one's own")
+    return of_val
+
+
 class Run(NamedTuple):
     """What a probe trains on, and where it goes on."""
     frames: torch.utils.data.Dataset
@@ -270,7 +279,7 @@ def set_up(args, encoder, image_size, stage1, points="random", validated=False):
                     args.seed)
 
     # A run of the same arguments, encoder and frames goes on
-    of_val = [table.only((table["split"] == b"val").nonzero()[0]) for table in tables]
+    of_val = validation_of(args, tables)
     val = training.by_first_process(lambda: of_frames(of_val, labelled, files=True))
     made_from = {"encoder": encoder.fingerprint(), "frames": of_frames(chosen, labelled),
                  "input": inputs}

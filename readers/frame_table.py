@@ -165,7 +165,9 @@ class FrameTable:
         known = [*(["random", "all"] if "image" in self else []),
                  *(["scan"] if "scan" in self else []), *self.cameras]
         if cameras not in known:
-            without = "" if "image" in self else f"; {self.name} has no pictures there"
+            without = ""
+            if "image" not in self:
+                without = f"; {self.name} has no pictures there, which both stages need"
             raise InputError(f"--cameras {cameras}: choose one of {', '.join(known)}{without}")
         if target == "depths" and "scan" not in self:
             raise InputError(f"--data {self.root}: {self.name} has no depths")

@@ -38,7 +38,7 @@ def summary_of(table):
                 lines.append(f"  {split.decode():6} {name:{width}} {scenes:>6}  {len(rows):6}  "
                              f"{images:>6}")
     if "scan" in table and not table.conditions:
-        lines.append("  conditions: unstated, --conditions leaves out none of these frames")
+        lines.append(f"  {table.name}: conditions unstated, --conditions leaves out none of these")
     notes = np.char.decode(table["notes"]).tolist() if "notes" in table else []
     return "\n".join([*lines, *notes])
 

@@ -146,6 +146,16 @@ def test_scans_alone_are_a_dataset(bare):
         Frames(chosen, "random")
 
 
+def test_a_probe_says_that_there_is_nothing_to_judge_it_on(bare, capsys):
+    (table,) = open_tables([bare], here=True)
+    args = types.SimpleNamespace(data="bare=x")
+    assert len(probe.validation_of(args, [table])[0]) == 10
+    assert not capsys.readouterr().out
+    table.columns["split"][:] = b"train"
+    assert len(probe.validation_of(args, [table])[0]) == 0
+    assert "no frame of split 'val', so eval.py will need --data" in capsys.readouterr().out
+
+
 def test_a_share_of_frames_begins_with_the_first(bare):
     (table,) = open_tables([bare], here=True)
     assert table.select("train", percent=10).rows.tolist() == [0, 10]
