@@ -227,6 +227,17 @@ def test_bad_input_is_one_line_and_exit_code_2(world, first, probes, tmp_path, c
     assert "--frame 999" in error("show", "--data", world, "--frame", "999")
 
 
+def test_a_split_of_one_s_own_is_refused(probes, tmp_path, capsys):
+    """The copies corrupt the dataset's own split, so such a probe would see clean pictures."""
+    probe = torch.load(probes / "seg/last.pth", weights_only=True)
+    probe["args"]["val_scenes"] = ["scene-0001"]
+    (tmp_path / "own").mkdir()
+    torch.save(probe, tmp_path / "own/last.pth")
+    argv = ["images", str(tmp_path / "own"), "--out", str(tmp_path / "table"), "--device", "cpu"]
+    line = fails_with_one_line(capsys, corruptions.main, argv)
+    assert "own: has --val-scenes; use `make`, then eval.py --data COPY" in line
+
+
 @pytest.mark.parametrize("argv", [
     [], ["images", "x", "--severity", "6"], ["images", "x", "--corruptions", "snow"],
     ["lidar", "fog", "--"], ["make", "--data", "x", "--out", "y"],
