@@ -99,8 +99,8 @@ def describe(encoder, checkpoint, args, size, sha256):
     mean, std = row.normalization
     return {
         "encoder": row.name, "source": row.source, "license": row.license, "format": args.format,
-        "image_size": size, "feature": encoder.spec["feature"], "patch_size": row.patch_size,
-        "width": row.dim, "mean": mean, "std": std, "sha256": sha256,
+        "image_size": size, "feature": encoder.spec["feature"], "patch_size": encoder.patch_size,
+        "width": encoder.dim, "mean": mean, "std": std, "sha256": sha256,
         "step": checkpoint.get("step"), "total": checkpoint.get("total"),
         "fingerprint": encoder.fingerprint(), "made_from": checkpoint.get("made_from"),
         "args": arguments_of(checkpoint)}

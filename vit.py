@@ -26,7 +26,6 @@ DINOV2_REG = DINOV2 | dict(registers=("register_tokens", 4), antialias=True)
 DINOV3 = dict(grid=None, layer_scale=True, mask_token=True, registers=("storage_tokens", 4))
 CLIP16 = dict(grid=(14, 14), antialias=True, clip=True, mlp="quick_gelu")
 CLIP_WIDTH = 512  # of what CLIP compares with text
-WIDTHS = {"projected": CLIP_WIDTH}  # of features that are not `dim` wide
 
 
 # ---- positions -----------------------------------------------------------------------------------
@@ -350,6 +349,7 @@ class MaskCLIP(ViT):
     """
 
     FEATURES = ("projected", "values")
+    WIDTHS = {"projected": CLIP_WIDTH}  # of features that are not `dim` wide
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)

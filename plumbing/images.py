@@ -32,5 +32,21 @@ def check_images(images, weight):
                          "[0, 1], finite and not normalised; the encoder normalises them itself")
 
 
+def check_size(size, multiple, subject, encoder):
+    """A size (H, W) of images. Raises InputError unless its sides are multiples of `multiple`.
+
+    subject: what the message begins with. encoder: its name.
+    """
+    for side in size:
+        if side >= 1 and side % multiple == 0:
+            continue
+        side = max(side, 1)
+        below = side - side % multiple
+        near = " and ".join(str(n) for n in (below, below + multiple) if n)
+        raise InputError(f"{subject} {size[0]} {size[1]}: {encoder} has patches of {multiple} "
+                         f"pixels, which do not divide {side}; the nearest that they do are {near}")
+    return tuple(size)
+
+
 def _short(dtype):
     return str(dtype).removeprefix("torch.")

@@ -1,5 +1,8 @@
-"""CLIP's names for the tensors of its image encoder (Radford et al., 2021)."""
+"""CLIP's colours, and its names for the tensors of its image encoder (Radford et al., 2021)."""
 import re
+
+# Mean, standard deviation of R, G, B in [0, 1]
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 RENAMED = (  # (pattern in our names, what stands there in CLIP's), applied in this order
     ("cls_token", "class_embedding"),

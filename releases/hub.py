@@ -1,4 +1,4 @@
-"""Released weights by torch.hub, or by the address of their file."""
+"""Released weights by torch.hub, by the address of their file, or from an installed package."""
 from pathlib import Path
 
 import torch
@@ -6,16 +6,30 @@ import torch
 from plumbing.errors import InputError
 from plumbing.weights import read
 
+DINOV3_PAGE = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+IBOT_FILE = ("https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/"
+             "vitl_16/checkpoint_teacher.pth")
+MOCO_FILE = ("https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/"
+             "moco_v2_800ep_pretrain.pth.tar")
+DEPTH_FILE = ("https://huggingface.co/depth-anything/Depth-Anything-V2-{0}/resolve/main/"
+              "depth_anything_v2_vit{1}.pth")
+
 
 def released(row, hub=None):
     """What the release of a row of models.ENCODERS gives.
 
-    That is its model's state dict by torch.hub, or the content of its file of weights. hub: a local
-    clone of the repository. Raises InputError, with the way out, where it cannot be had.
+    That is its model's state dict by torch.hub, or the content of its file of weights, which is
+    downloaded or in an installed package. hub: a local clone of the repository. Raises InputError,
+    with the way out, where it cannot be had.
     """
     if row.source == "built-in":
         raise InputError(f"--encoder {row.name}: the built-in ViT has no released weights; pass "
                          "--weights FILE, or --weights random")
+    if row.packaged is not None:
+        if hub:
+            raise InputError(f"--hub {hub}: {row.source} is a package and no repository of "
+                             "torch.hub's; leave out --hub, or pass --weights FILE")
+        return read(row.packaged())
     if hub and row.entry is None:
         raise InputError(f"--hub {hub}: {row.source} has no entry for torch.hub; download "
                          f"{row.url} and pass --weights FILE")

@@ -6,7 +6,7 @@ from plumbing.weights import strip, unwrapped
 
 HOLDERS = ("teacher", "student", "state_dict", "model")  # DINO, iBOT, DINOv2: the teacher first
 PREFIXES = ("model.", "teacher.", "student.", "encoder_q.", "backbone.", "pretrained.", "visual.")
-HEADS = ("head.", "fc.", "masked_embed")
+HEADS = ("head.", "fc.", "masked_embed", "_conv_head.", "_bn1.", "_fc.")
 
 
 def encoder_weights(content, source):

@@ -96,7 +96,9 @@ def test_in_stage2_out(name, world, tmp_path, monkeypatch):
     # Stage 2 for two steps.
     stage1 = stage1_checkpoint(tmp_path / "s1.pth", row.dim, size)
     (flag, value), = source.items()
-    run_stage2(world, tmp_path / "s2", "--stage1", stage1, "--encoder", name, f"--{flag}", value)
+    lr = () if row.network.FAMILY in stage2.LR else ("--lr", "1e-3")
+    run_stage2(world, tmp_path / "s2", "--stage1", stage1, "--encoder", name, f"--{flag}", value,
+               *lr)
     trained = load_image_encoder(str(tmp_path / "s2"))
 
     # Out again: the release's names and shapes, with other values where something was trained.
@@ -105,7 +107,8 @@ def test_in_stage2_out(name, world, tmp_path, monkeypatch):
     assert {key: tuple(value.shape) for key, value in exported.items()} == released_shapes(name)
     Upstream(state).load_state_dict(exported, strict=True)
     changed = {key for key in exported if not torch.equal(exported[key], same[key])}
-    assert len(changed) >= 0.5 * len(exported)
+    # Of EfficientNet-Lite0's 16 blocks five lie behind the feature
+    assert len(changed) >= (0.3 if name == "efficientnet_lite0" else 0.5) * len(exported)
     fixed = ("running_mean", "running_var", "bias_mask", "periods")
     assert not any(key.endswith(fixed) for key in changed)
 

@@ -63,7 +63,8 @@ def carry_out(recipe, project, world, prepared=None):
     prepared: {beginning of a path in the commands: what stands there in the test}.
     """
     replaced = {"/data/nuscenes": str(world), "--weights mycnn.pth": "--weights random",
-                "--encoder dinov2_vits14": f"--encoder {ROOT}/miniature/encoder.pth"}
+                "--encoder dinov2_vits14": f"--encoder {ROOT}/miniature/encoder.pth",
+                "--encoder efficientnet_lite0": "--encoder efficientnet_lite0 --weights random"}
     printed = []
     for name, language, text in blocks(recipe):
         if language == "python":
@@ -142,6 +143,9 @@ def test_an_image_encoder(project, world):
     assert before["spec"]["out_channels"] == 64
     assert after["encoder"]["name"] == "mycnn" and len(after["model"]) == 8
     assert (project / "runs/probe-s2-cnn-seg/last.pth").is_file()
+    released = torch.load(project / "runs/s2-lite/last.pth", weights_only=True)
+    assert released["encoder"]["name"] == "efficientnet_lite0"
+    assert (project / "runs/probe-s2-lite-seg/last.pth").is_file()
 
 
 @pytest.mark.slow

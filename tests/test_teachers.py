@@ -223,7 +223,7 @@ def test_sizes_of_images(mini, small):
     # Of checkpoints, which say on what they were trained
     def trained(encoder, size):
         return Namespace(spec=encoder.spec | {"image_size": size}, dim=encoder.dim,
-                         patch_size=encoder.patch_size, check_size=encoder.check_size)
+                         multiple=encoder.multiple, check_size=encoder.check_size)
     assert Teachers([trained(mini, (80, 160)), small]).image_size() == (80, 160)
     other = Teachers([trained(mini, (80, 160)), trained(small, (64, 96))])
     with pytest.raises(InputError, match="trained on images of 64 96 and 80 160; give one "

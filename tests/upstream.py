@@ -102,7 +102,26 @@ def resnet50_shapes():
     return shapes
 
 
+def efficientnet_lite0_shapes():
+    """{name: shape} of EfficientNet-Lite0 without its head."""
+    norm = batchnorm_shapes
+    shapes = {"_conv_stem.weight": (32, 3, 3, 3)} | norm("_bn0", 32)
+    channels = [32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192, 320]
+    kernels = [3, 3, 3, 5, 5, 3, 3, 3, 5, 5, 5, 5, 5, 5, 5, 3]
+    for block, (before, out, k) in enumerate(zip(channels, channels[1:], kernels)):
+        b = f"_blocks.{block}."
+        wide = before
+        if block > 0:
+            wide = 6 * before
+            shapes |= {b + "_expand_conv.weight": (wide, before, 1, 1)} | norm(b + "_bn0", wide)
+        shapes |= {b + "_depthwise_conv.weight": (wide, 1, k, k)} | norm(b + "_bn1", wide)
+        shapes |= {b + "_project_conv.weight": (out, wide, 1, 1)} | norm(b + "_bn2", out)
+    return shapes
+
+
 def released_shapes(name, depth=2):
+    if name == "efficientnet_lite0":
+        return efficientnet_lite0_shapes()
     return resnet50_shapes() if name.endswith("resnet50") else vit_shapes(name, depth)
 
 
@@ -157,6 +176,8 @@ def released_file(name, state):
                  "module.queue": torch.zeros(128, 4), "module.queue_ptr": torch.zeros(1)}
         return {"epoch": 800, "arch": "resnet50", "state_dict": moco,
                 "optimizer": {"param_groups": []}}
+    if name == "efficientnet_lite0":
+        return state | {"_conv_head.weight": other, "_bn1.bias": other, "_fc.weight": other}
     if name.startswith("ibot"):
         return {"state_dict": state | {"masked_embed": torch.zeros(1, 1024)}}
     if name.startswith("depth_anything"):
