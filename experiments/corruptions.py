@@ -9,34 +9,19 @@ Table B (LiDAR: Gaussian noise, density decrease, severities 1 and 2). From the 
     python stage2.py --data data/noisy --stage1 runs/s1 --out runs/s2-noisy               # Table B
     $run make --data nuimages=DATA --out data/foggy --corruption fog
     $run show --data DATA --out runs/corruptions.png
+    $run compare --data DATA --corruption low_light --like NIGHTS --out runs/low-light
 
 `make` writes a corrupted copy of a dataset: a dataset like any other, whose corrupted frames are of
 a condition of their own. experiments/copies.py says what a copy is, and how near its images come to
 the corrupted ones. `images` makes copies of the validation split, evaluates each probe as eval.py
 does, clean and on them, and writes the table to OUT.md and OUT.json; torchrun works too. `show`
-draws one image under all corruptions.
+draws one image under all corruptions. `compare` measures how near a corruption comes to folders of
+real pictures, and draws both (experiments/likeness.py). experiments/degradations.py has the
+corruptions, and says what each severity is.
 
-Severity                     1      2      3      4      5
-    fog, weight            1.5    2.0    2.5    2.5    3.0   of the fog; the image's is 1 [H]
-    fog, decay             2.0    2.0    1.7    1.5    1.4   height / height at half the size [H]
-    fog, grey              0.1    0.2    0.3    0.4    0.5   share of mid-grey mixed in [D]
-    (image left in fog)   0.36   0.27   0.20   0.17   0.12   (1 - grey) / (1 + weight)
-    gaussian_noise        0.08   0.12   0.18   0.26   0.38   standard deviation; white is 1 [H]
-    motion_blur           0.01   0.02   0.03   0.04   0.05   path's length / image's width [D]
-  LiDAR
-    gaussian_noise        0.02   0.04   0.06   0.08   0.10   deviation of x, y and z in m [D]
-    density_decrease      0.06   0.12   0.18   0.24   0.30   share of the points that go [D]
-
-The paper corrupts as Dong et al. (CVPR 2023) [D] do, and does not say how severely images are
-corrupted. The numbers are those of their public code, which uses ImageNet-C's (Hendrycks &
-Dietterich, ICLR 2019) [H]. The code is ours and differs:
-- Images are corrupted in the size that the encoder sees. Theirs are 1600x900 and shrink afterwards,
-  which averages noise away: to 224x448 its standard deviation falls to 0.18 of what it was. Noise
-  of one severity is that much harder here.
-- Fog is fractal noise by FFT, theirs is by diamond-square. It is weighed against white, theirs
-  against the image's brightest pixel. Like theirs it hides near and far alike: fog by depth would
-  need the depth of every pixel.
-- The path of motion blur is not rounded to whole pixels. The intensity of LiDAR gets no noise.
+Beside its corrupted copies a dataset that states no condition has no column of its own. `make
+--corruption clean` writes a copy in which nothing is changed and all frames are of the condition
+"clean".
 """
 import functools
 import os
@@ -44,10 +29,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import correlate1d
 
 import eval as evaluation
-from experiments.copies import ChangedImages, ChangedScans, write_copy
+from experiments import likeness
+from experiments.copies import ChangedImages, ChangedScans, Unchanged, write_copy
+from experiments.degradations import IMAGES, SCANS, SENSORS, SEVERITIES
 from models import IMAGE_SIZE
 from plumbing import training
 from plumbing.arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
@@ -57,87 +43,12 @@ from plumbing.fingerprint import digest
 from plumbing.weights import load_checkpoint
 from readers.conditions import is_name
 from readers.files import read_image
-from readers.table import entries, open_tables
+from readers.table import entries, open_tables, spread
 from results import cell, not_comparable
 
 FORMAT = 1  # of a copy: count up when the same arguments give other files
-SEVERITIES = (1, 2, 3, 4, 5)
-
-
-# ---- images: uint8 [3, H, W], severity 1..5, rng -> uint8 [3, H, W] ------------------------------
-
-def fog(image, severity, rng):
-    """Fog whose brightness is fractal_noise, with less contrast and paler colours behind it."""
-    weight = (1.5, 2.0, 2.5, 2.5, 3.0)[severity - 1]
-    decay = (2.0, 2.0, 1.7, 1.5, 1.4)[severity - 1]
-    grey = (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]
-    _, height, width = image.shape
-    haze = fractal_noise(height, width, decay, rng)
-    image = (image / 255 + weight * haze) / (1 + weight)
-    return _as_bytes((1 - grey) * image + grey * 0.5)
-
-
-def gaussian_noise(image, severity, rng):
-    """Independent noise on each pixel and channel, cut at black and white."""
-    deviation = (0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1]
-    return _as_bytes(image / 255 + deviation * rng.standard_normal(image.shape))
-
-
-def motion_blur(image, severity, rng=None):
-    """The mean along a horizontal path centred on each pixel. Nothing is random.
-
-    The border's pixels go on beyond the border.
-    """
-    length = (0.01, 0.02, 0.03, 0.04, 0.05)[severity - 1] * image.shape[2]  # pixels, fractional
-    reach = int(np.ceil(max(0, length - 1) / 2))
-    distance = np.abs(np.arange(-reach, reach + 1))
-    weights = np.clip(length / 2 + 0.5 - distance, 0, 1)  # the part of each pixel on the path
-    return _as_bytes(correlate1d(image / 255, weights / weights.sum(), axis=2, mode="nearest"))
-
-
-def fractal_noise(height, width, decay, rng):
-    """A random field [height, width] from 0 to 1.
-
-    Structures of half the size are 1 / decay as high.
-    """
-    side = max(height, width)
-    down, right = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)
-    frequency = side * np.hypot(down, right)  # cycles per side; [side, side // 2 + 1]
-    frequency[0, 0] = 1
-    # In 2-D, a spectrum of 1 / frequency makes structures of all sizes equally high
-    falloff = frequency ** (1 + np.log2(decay))
-    spectrum = np.fft.rfft2(rng.standard_normal((side, side))) / falloff
-    field = np.fft.irfft2(spectrum, (side, side))[:height, :width]
-    return (field - field.min()) / np.ptp(field)
-
-
-def _as_bytes(image):
-    return (255 * image).round().clip(0, 255).astype(np.uint8)
-
-
-# ---- LiDAR: [N, C >= 4] (x, y, z [m], intensity, ...), severity 1..5, rng -> [M, C] --------------
-
-def jitter(scan, severity, rng):
-    """Gaussian noise on the coordinates; a point's pixel moves with it. M = N."""
-    deviation = (0.02, 0.04, 0.06, 0.08, 0.10)[severity - 1]
-    noise = deviation * rng.standard_normal((len(scan), 3))
-    return np.column_stack([scan[:, :3] + noise, scan[:, 3:]]).astype(scan.dtype)
-
-
-def thin_out(scan, severity, rng):
-    """Random points of the whole scan go, the others keep their order.
-
-    A higher severity drops the points of a lower one and more. What is drawn depends on the number
-    of rows alone, so the same rng drops the labels of the same points.
-    """
-    share = (0.06, 0.12, 0.18, 0.24, 0.30)[severity - 1]
-    kept = rng.permutation(len(scan))[round(share * len(scan)):]
-    return scan[np.sort(kept)]
-
-
-IMAGES = {"fog": fog, "gaussian_noise": gaussian_noise, "motion_blur": motion_blur}
-SCANS = {"gaussian_noise": jitter, "density_decrease": thin_out}
-SENSORS = {"camera": IMAGES, "lidar": SCANS}
+TABLE_6 = ("fog", "gaussian_noise", "motion_blur")  # the paper's
+CLEAN = "clean"  # of --corruption: nothing is changed
 
 
 # ---- copies --------------------------------------------------------------------------------------
@@ -145,9 +56,9 @@ SENSORS = {"camera": IMAGES, "lidar": SCANS}
 class How(NamedTuple):
     """How a dataset is corrupted."""
     sensor: str        # a key of SENSORS
-    corruption: str    # a key of its corruptions
-    severity: int
-    image_size: tuple  # (H, W) in which images are corrupted
+    corruption: str    # a key of its corruptions, or CLEAN
+    severity: int      # None for CLEAN
+    image_size: tuple  # (H, W) in which images are corrupted; None for CLEAN
     seed: int
     condition: str     # of the corrupted frames
     split: tuple = ()  # names; () is all
@@ -155,8 +66,11 @@ class How(NamedTuple):
 
 def changed_by(how, table):
     """The images or scans of a table's frames as they are in a copy."""
+    if how.corruption == CLEAN:
+        return Unchanged(table)
     change = functools.partial(SENSORS[how.sensor][how.corruption], severity=how.severity)
     if how.sensor == "camera":
+        require_images(table)
         return ChangedImages(table, change, how.image_size, how.seed)
     if "scan" not in table:
         raise InputError(f"--sensor lidar: {table.name} has no LiDAR scans")
@@ -164,6 +78,12 @@ def changed_by(how, table):
         raise InputError("--sensor lidar: scans and labels are written as nuScenes has them, and "
                          f"{table.name} has them otherwise")
     return ChangedScans(table, change, how.corruption == "density_decrease", how.seed)
+
+
+def require_images(table):
+    """Raise InputError for a dataset without images."""
+    if "image" not in table:
+        raise InputError(f"--data {table.root}: {table.name} has no images")
 
 
 def make_copy(table, version, out, how, workers):
@@ -181,13 +101,14 @@ def make_copy(table, version, out, how, workers):
     made_by |= chosen.fingerprint(labels=True) | how._asdict()
     made_by["files"] = chosen.files(labels=how.sensor == "lidar")
     made_by["split"] = split
-    made_by["image_size"] = list(how.image_size) if how.sensor == "camera" else None
+    in_size = how.image_size if how.sensor == "camera" else None
+    made_by["image_size"] = in_size and list(in_size)
     write_copy(changed, out, made_by, workers)
 
 
 def make(args):
     """The command: one copy."""
-    if args.corruption not in SENSORS[args.sensor]:
+    if args.corruption not in (CLEAN, *SENSORS[args.sensor]):
         raise InputError(f"--corruption {args.corruption}: --sensor {args.sensor} has "
                          f"{', '.join(SENSORS[args.sensor])}")
     condition = args.condition or args.corruption
@@ -197,6 +118,8 @@ def make(args):
     table = only_table(args.data, args.version)
     how = How(args.sensor, args.corruption, args.severity, args.image_size, args.seed, condition,
               args.split)
+    if args.corruption == CLEAN:  # whatever the others are, the copy is the same
+        how = How("camera", CLEAN, None, None, None, condition, args.split)
     make_copy(table, args.version, args.out, how, args.workers)
 
 
@@ -307,6 +230,7 @@ def draw(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     table = only_table(args.data, args.version)
+    require_images(table)
     if table.cameras and args.camera not in table.cameras:
         raise InputError(f"--camera {args.camera}: choose one of {', '.join(table.cameras)}")
     camera = table.cameras.index(args.camera) if table.cameras else 0
@@ -337,6 +261,37 @@ def draw(args):
     print(f"written: {args.out}")
 
 
+# ---- beside real pictures ------------------------------------------------------------------------
+
+def compare(args):
+    """The command: a dataset's images clean, corrupted, and real pictures of the condition."""
+    table = only_table(args.data, args.version)
+    require_images(table)
+    size = tuple(args.image_size)
+    views = []
+    for row in table.rows:
+        if "bad" not in table or table["bad"][row] == b"":
+            views += [(row, camera) for camera in range(table["image"].shape[1])]
+    views = [views[n] for n in spread(np.arange(len(views)), args.limit)]
+
+    # Groups of images: (name, images)
+    groups = [(f"{table.name}, clean", [read_image(table.path("image", *view), size).numpy()
+                                        for view in views])]
+    for severity in SEVERITIES:
+        changed = changed_by(How("camera", args.corruption, severity, size, args.seed, "x"), table)
+        name = f"{args.corruption.replace('_', ' ')} {severity}"
+        groups.append((name, [changed.image(*view) for view in views]))
+    for folder in args.like:
+        groups.append((folder.name, likeness.pictures_of(folder, size)))
+
+    # Write: all of them as numbers, one severity in the picture
+    text = likeness.table(groups)
+    write_text(f"{args.out}.md", text + "\n")
+    shown = [groups[0], groups[args.severity], *groups[1 + len(SEVERITIES):]]
+    likeness.draw(shown, f"{args.out}.png")
+    print(f"{text}\n\nwritten: {args.out}.md, {args.out}.png")
+
+
 # ---- arguments -----------------------------------------------------------------------------------
 
 def parse(argv=None):
@@ -348,8 +303,9 @@ def parse(argv=None):
     add("--data", required=True, help="NAME=PATH of a reader (a bare path: nuscenes)")
     add("--out", required=True, type=Path, help="folder of the copy")
     add("--sensor", choices=SENSORS, default="camera", help="(default: %(default)s)")
-    add("--corruption", choices=[*IMAGES, *(name for name in SCANS if name not in IMAGES)],
-        required=True, help=f"camera: {', '.join(IMAGES)}; lidar, of nuScenes: {', '.join(SCANS)}")
+    add("--corruption", choices=[*dict.fromkeys([*IMAGES, *SCANS]), CLEAN], required=True,
+        help=f"camera: {', '.join(IMAGES)}; lidar, of nuScenes: {', '.join(SCANS)}; {CLEAN}: a "
+             "copy in which nothing is changed")
     add("--split", nargs="+", action=Distinct, default=(),
         help="whose frames are corrupted (default: all splits)")
     add("--condition", help="of the corrupted frames (default: the corruption's name)")
@@ -357,8 +313,8 @@ def parse(argv=None):
     images = commands.add_parser("images", help="evaluate probes on corrupted images (Table 6)")
     add = images.add_argument
     add("probes", nargs="+", type=Path, help="folders that probe.py wrote, for seg or depth")
-    add("--corruptions", nargs="+", action=Distinct, choices=IMAGES, default=list(IMAGES),
-        help="(default: all)")
+    add("--corruptions", nargs="+", action=Distinct, choices=IMAGES, default=TABLE_6,
+        help=f"(default: the paper's, {' '.join(TABLE_6)})")
     add("--data", help="other frames to judge on, as for eval.py (default: the probe's)")
     add("--copies", default="runs/corrupted",
         help="folder of the corrupted copies, which stay there (default: %(default)s)")
@@ -373,15 +329,28 @@ def parse(argv=None):
     add("--camera", default="CAM_FRONT", help="its channel (default: %(default)s)")
     add("--out", default="runs/corruptions.png", help="file of the picture (default: %(default)s)")
 
-    for command in (make_, images, show):
+    compare_ = commands.add_parser("compare", help="measure and draw a corruption of images beside "
+                                                   "real pictures of the condition")
+    add = compare_.add_argument
+    add("--data", required=True, help="NAME=PATH of a reader (a bare path: nuscenes)")
+    add("--corruption", choices=IMAGES, required=True)
+    add("--like", nargs="+", type=Path, action=Distinct, required=True,
+        help="folders of real pictures (.jpg, .png)")
+    add("--limit", type=COUNT, default=60,
+        help="images of the dataset, evenly spread (default: %(default)s)")
+    add("--out", default="runs/likeness",
+        help="the table goes to OUT.md, the picture to OUT.png (default: %(default)s)")
+
+    for command in (make_, images, show, compare_):
         command.add_argument("--seed", type=SEED, default=0,
                              help="of the corruptions (default: %(default)s)")
-    for command in (make_, images):
+    for command in (make_, images, compare_):
         command.add_argument("--severity", type=int, choices=SEVERITIES, default=3,
-                             help="(default: %(default)s, our choice)")
+                             help="(default: %(default)s, our choice); compare: of the picture")
+    for command in (make_, images):
         command.add_argument("--workers", type=WORKERS, default=min(8, os.cpu_count() or 1),
                              help="data-loading processes (default: %(default)s)")
-    for command in (make_, show):
+    for command in (make_, show, compare_):
         command.add_argument("--version", help="version folder (default: the reader's)")
         command.add_argument("--image-size", nargs=2, type=COUNT, default=IMAGE_SIZE,
                              metavar=("H", "W"),
@@ -393,7 +362,7 @@ def parse(argv=None):
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
-    {"make": make, "images": evaluate_images, "show": draw}[args.command](args)
+    {"make": make, "images": evaluate_images, "show": draw, "compare": compare}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from runs import fails_with_one_line, open_one
 
 from data import Frames
 from experiments import copies, corruptions
-from experiments.corruptions import IMAGES, SCANS, How, changed_by
+from experiments.corruptions import How, changed_by
+from experiments.degradations import IMAGES, SCANS
 from miniature.world import make_world
 from plumbing.errors import InputError
 from readers.files import read_image

@@ -12,7 +12,7 @@ import eval as evaluation
 import probe
 import stage2
 from experiments import corruptions
-from experiments.corruptions import SCANS
+from experiments.degradations import SCANS
 from plumbing import run_folder
 
 

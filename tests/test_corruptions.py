@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from runs import open_one
 
-from experiments import corruptions
-from experiments.corruptions import IMAGES, SCANS, SEVERITIES
+from experiments import degradations
+from experiments.degradations import IMAGES, SCANS, SEVERITIES
 from readers.files import read_image
 
 
@@ -56,8 +56,8 @@ def test_fog_leaves_the_documented_part_of_the_image():
     alike."""
     left = []
     for severity in SEVERITIES:
-        white = corruptions.fog(flat(255), severity, draws()).astype(float)
-        difference = white - corruptions.fog(flat(0), severity, draws())
+        white = degradations.fog(flat(255), severity, draws()).astype(float)
+        difference = white - degradations.fog(flat(0), severity, draws())
         assert np.ptp(difference) <= 1  # rounding
         left.append(difference.mean() / 255)
     assert left == pytest.approx([0.36, 0.27, 0.20, 0.17, 0.125], abs=0.005)
@@ -69,7 +69,7 @@ def test_fog_takes_contrast_and_colour(picture):
         return image.std(), np.abs(image - image.mean(0)).mean()
 
     clean = contrast_and_colour(picture)
-    foggy = [contrast_and_colour(corruptions.fog(picture, severity, draws()))
+    foggy = [contrast_and_colour(degradations.fog(picture, severity, draws()))
              for severity in SEVERITIES]
     for of_clean, of_foggy in zip(clean, zip(*foggy)):
         assert rises(of_foggy[::-1]) and of_foggy[0] < of_clean
@@ -80,7 +80,7 @@ def test_fog_takes_contrast_and_colour(picture):
 def test_fog_s_structures_of_half_the_size_are_one_decay_lower(decay):
     ratios = []
     for seed in range(8):
-        level = corruptions.fractal_noise(256, 256, decay, draws(seed))
+        level = degradations.fractal_noise(256, 256, decay, draws(seed))
         assert level.min() == 0 and level.max() == 1
         heights = []
         for _ in range(5):
@@ -89,12 +89,12 @@ def test_fog_s_structures_of_half_the_size_are_one_decay_lower(decay):
             level = coarse
         ratios.append(np.array(heights[2:]) / heights[1:-1])
     assert np.mean(ratios, 0) == pytest.approx([decay] * 3, rel=0.1)
-    assert corruptions.fractal_noise(50, 91, decay, draws()).shape == (50, 91)
+    assert degradations.fractal_noise(50, 91, decay, draws()).shape == (50, 91)
 
 
 def test_gaussian_noise_has_the_documented_deviation():
     for severity, deviation in ((1, 0.08), (2, 0.12)):  # mid-grey: four deviations to black
-        noisy = corruptions.gaussian_noise(flat(128), severity, draws())
+        noisy = degradations.gaussian_noise(flat(128), severity, draws())
         noise = noisy.astype(float) - 128
         assert noise.std() / 255 == pytest.approx(deviation, rel=0.02)
         assert abs(noise.mean()) < 0.5
@@ -110,7 +110,7 @@ def test_motion_blur_spreads_a_column_and_leaves_it_where_it_was(width):
     image[:, :, 100] = 255
     spreads = []
     for severity in SEVERITIES:
-        profile = corruptions.motion_blur(image, severity)[0, 0].astype(float)
+        profile = degradations.motion_blur(image, severity)[0, 0].astype(float)
         profile /= profile.sum()
         center = (profile * columns).sum()
         assert center == pytest.approx(100, abs=1e-6)
@@ -126,7 +126,7 @@ def test_motion_blur_leaves_edges_in_place():
     edge[:, :, 112:] = 255
     widths = []
     for severity in SEVERITIES:
-        profile = corruptions.motion_blur(edge, severity)[1, 50].astype(int)
+        profile = degradations.motion_blur(edge, severity)[1, 50].astype(int)
         assert np.abs(profile + profile[::-1] - 255).max() <= 1
         assert profile[111] < 128 <= profile[112]
         widths.append(((profile > 0) & (profile < 255)).sum())
@@ -137,9 +137,9 @@ def test_motion_blur_leaves_rows_apart(picture):
     rows = flat(0) + np.arange(112, dtype=np.uint8)[:, None]
     fine = []
     for severity in SEVERITIES:
-        assert np.array_equal(corruptions.motion_blur(rows, severity), rows)
-        blurred = corruptions.motion_blur(picture, severity)
-        one_row = corruptions.motion_blur(np.ascontiguousarray(picture[:, 40:41]), severity)
+        assert np.array_equal(degradations.motion_blur(rows, severity), rows)
+        blurred = degradations.motion_blur(picture, severity)
+        one_row = degradations.motion_blur(np.ascontiguousarray(picture[:, 40:41]), severity)
         assert np.array_equal(blurred[:, 40:41], one_row)
         fine.append(np.diff(blurred.astype(float), axis=2).std())
     assert rises(fine[::-1])

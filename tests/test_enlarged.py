@@ -9,7 +9,7 @@ from PIL import Image
 from runs import open_one
 
 from experiments import copies
-from experiments.corruptions import IMAGES
+from experiments.degradations import IMAGES
 from readers.files import read_image
 
 
@@ -55,8 +55,9 @@ def test_a_corrupted_image_is_read_as_it_was_meant(world, raw_size, size, name, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, severity, rms, deviation", [
-    ("fog", 3, 0.5, 1), ("motion_blur", 3, 0.5, 1), ("gaussian_noise", 1, 1.3, 0.98),
-    ("gaussian_noise", 3, 5.7, 0.93), ("gaussian_noise", 5, 22, 0.79)])
+    ("fog", 3, 0.5, 1), ("motion_blur", 3, 0.5, 1), ("low_light", 3, 0.5, 1),
+    ("gaussian_noise", 1, 1.3, 0.98), ("gaussian_noise", 3, 5.7, 0.93),
+    ("gaussian_noise", 5, 22, 0.79)])
 def test_real_images_are_read_as_near_as_documented(real, name, severity, rms, deviation):
     found = []
     for path in sorted(real.glob("samples/CAM_*/*.jpg")):
