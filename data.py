@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from plumbing.errors import InputError
 from readers.files import labelled_pixels, read_image
-from readers.table import check_conditions, spread
+from readers.table import check_conditions, no_scans, spread
 
 DEPTHS = (0.1, 80.0)  # metres that depth estimation is trained on and judged by; md4all's protocol
 
@@ -51,8 +51,7 @@ def set_sampling(tables, stored=None, task=None, flags=None):
     known = {}
     for table in tables:
         if not table.sampling:
-            raise InputError(f"--data {table.root}: {table.name} has no LiDAR scans, which both "
-                             "stages and seg3d need; probe.py --task seg takes it")
+            raise InputError(no_scans(table.root, table.reader))
         sampling = (stored or {}).get(table.name, table.sampling)
         sampling = sampling | table.sampling.get(task, {}) | flags
         for name in ("probe", "finetune"):
@@ -163,6 +162,7 @@ class Frames(torch.utils.data.Dataset):
             `nearest`, of each one the nearest that the 3D encoder gets.
         skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has
             its number and why.
+    `most`, set afterwards, limits an item's points to that many, drawn anew each epoch.
 
     An item is a dict: condition (index into `conditions`, -1 where the dataset states none);
     of several datasets also dataset (index into `datasets`);
@@ -185,6 +185,7 @@ class Frames(torch.utils.data.Dataset):
         self.points = points
         self.skip_bad = skip_bad
         self.seed = seed
+        self.most = None
         self.dense = any("scan" not in table for table in tables)
         of_tables = [name for table in tables for name in table.conditions]
         self.conditions = tuple(dict.fromkeys(of_tables))
@@ -256,6 +257,8 @@ class Frames(torch.utils.data.Dataset):
         inputs = {}
         if self.prepare:
             points, inputs = self.encoder_inputs(table, points, rng, key)
+        elif points and self.most and len(points["pixels"]) > self.most:
+            points = take(points, rng.choice(len(points["pixels"]), self.most, replace=False))
 
         # As tensors
         item = {"condition": self.condition_of(table, frame)}

@@ -48,6 +48,8 @@ def named_conditions(reader, roots, columns):
     is not there.
     """
     names = list(getattr(reader, "CONDITIONS", ()))
+    if "conditions" in columns:
+        names = np.char.decode(columns["conditions"]).tolist()
     path = next((Path(root, FILE) for root in roots if Path(root, FILE).exists()), None)
     if path is None:
         return names, None

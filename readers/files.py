@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from plumbing.errors import InputError, say
 from plumbing.files import looks_like, read_bytes
 from readers.jpeg import stretches
+from readers.paths import MODES
 from readers.table import UNKNOWN
 
 AGAIN = "extract it again"
@@ -160,7 +161,7 @@ def read_image(path, size, raw_size=None):
             if raw_size is not None and (height, width) != (raw_size[0], raw_size[1]):
                 raise InputError(f"{path}: {height}x{width} pixels, the tables say "
                                  f"{raw_size[0]}x{raw_size[1]}; {AGAIN}")
-            if image.mode not in ("RGB", "L"):
+            if image.mode not in MODES:
                 raise InputError(f"{path}: an image of mode {image.mode}, not 8-bit RGB; its "
                                  f"colours would be guessed. Convert it, or {AGAIN}")
             image.draft("RGB", (3 * size[1] // 2, 3 * size[0] // 2))

@@ -165,7 +165,7 @@ class FrameTable:
         known = [*(["random", "all"] if "image" in self else []),
                  *(["scan"] if "scan" in self else []), *self.cameras]
         if cameras not in known:
-            without = ""
+            without = f"; {self.name} has no other"
             if "image" not in self:
                 without = f"; {self.name} has no pictures there, which both stages need"
             raise InputError(f"--cameras {cameras}: choose one of {', '.join(known)}{without}")
@@ -174,7 +174,9 @@ class FrameTable:
         if target != "labels" or hasattr(self.reader, "labels_of"):
             return
         # Labels are asked of each frame, because they may be there for a part of them
-        paths = self.columns.get("labels", np.zeros(len(self["split"]), "S1"))
+        if "labels" not in self:
+            raise InputError(f"--data {self.root}: {self.name} has no labels")
+        paths = self["labels"]
         unlabelled = np.count_nonzero(paths[self.rows] == b"")
         if unlabelled:
             raise InputError(f"--data {self.root}: {unlabelled} of {len(self)} frames have no "

@@ -11,7 +11,7 @@ import numpy as np
 
 from plumbing.errors import InputError
 from readers.paths import size_of
-from readers.table import UNKNOWN, as_bytes
+from readers.table import UNKNOWN, as_bytes, shared
 
 # Layouts in which scans are kept elsewhere: the numbers, and how many a point has
 LAYOUTS = {"five columns (nuScenes)?": ("<f4", 5), "64-bit floats?": ("<f8", 4),
@@ -187,3 +187,7 @@ def damage(root, columns, frame, scan, labels):
     except InputError as error:
         return str(error).removeprefix(f"{root}{os.sep}")
     return ""
+
+
+if __name__ == "__main__":
+    shared("kitti", ("semantickitti", "semanticposs"))

@@ -18,7 +18,7 @@ from plumbing.errors import InputError
 from readers.pandaset_poses import dated, inverse_of, pose_at, read_intrinsics, read_poses, split_of
 from readers.paths import check_files, size_in_header, size_of
 from readers.pickles import AGAIN, LABELS, POINTS, read_frame, wrong_file
-from readers.table import UNKNOWN, as_bytes
+from readers.table import UNKNOWN, as_bytes, shared
 
 CAMERAS = ("front_camera", "front_left_camera", "front_right_camera", "left_camera",
            "right_camera", "back_camera")
@@ -145,6 +145,15 @@ def sources_of(root, cameras):
     return [path for path in sources if path.exists()]
 
 
+def check_cameras(root, folders):
+    """Raise InputError where a scene lacks the folder of a camera."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--data {root}: scene {folder.parents[1].name} has no folder camera/"
+                             f"{folder.name}; download the scene again, or take it away (of the "
+                             "cameras, --data pandasetgt=PATH needs the front one alone)")
+
+
 def columns_of(root, cameras):
     """The frames of the scenes that have labels: the columns that readers/table.py lists."""
     strings = ("scene", "split", "scan", "labels", "image")
@@ -155,6 +164,7 @@ def columns_of(root, cameras):
         split = split_of(scene / "meta/gps.json")
         poses = read_poses(*dated(scene / "lidar/poses.json"))
         folders = [scene / "camera" / camera for camera in cameras]
+        check_cameras(root, folders)
         views = [read_poses(*dated(folder / "poses.json")) for folder in folders]
         intrinsics = [read_intrinsics(folder / "intrinsics.json") for folder in folders]
 
@@ -197,3 +207,7 @@ def damage(root, columns, frame):
         if not size.all():
             return f"{path.decode()} is no picture; {AGAIN}, and touch its folder"
     return ""
+
+
+if __name__ == "__main__":
+    shared("pandaset", ("pandaset64", "pandasetgt"))

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from plumbing.errors import InputError
 
+PICTURES = (".jpg", ".jpeg", ".png")  # how the names of pictures end, in lower case
+MODES = ("RGB", "L")                  # of Pillow: 8-bit colours and grey, no others are read
+
 
 def check_files(root, paths, way_out="extract all archives of this version into this folder"):
     """Raise InputError if one of these files, relative to `root`, is missing or lies outside it."""
@@ -38,17 +41,19 @@ def ends_of(path, count=4096):
         return size.to_bytes(8, "little") + begin + file.read()
 
 
-def size_in_header(path):
+def size_in_header(path, modes=None):
     """Height and width of a picture as its header says, without decoding; 0, 0 if it has none.
 
-    Raises InputError where the system cannot read it.
+    modes: those that it may have, or None for any; 0, 0 of one of another. Raises InputError where
+    the system cannot read it.
     """
     from PIL import Image
 
     from plumbing.files import unreadable
     try:
         with Image.open(path) as picture:
-            return picture.size[::-1]
+            fits = modes is None or picture.mode in modes
+            return picture.size[::-1] if fits else (0, 0)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything; `damage` says so

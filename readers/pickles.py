@@ -24,6 +24,7 @@ POINTS = ("x", "y", "z", "i", "t", "d")  # columns of a frame of LiDAR points
 LABELS = ("class",)                      # and of one of their labels
 
 MAX_BYTES = 2**28  # of an unpacked file; PandaSet's have 8 MB
+USUAL = 2**24      # at most: a file that says more of itself is unpacked to see whether it is whole
 MAX_STEPS = 5000   # of a pickle; PandaSet's have 220, those of pandas 3 up to 520
 AGAIN = "download it again"
 DISTRUST = "refused: not what a PandaSet frame holds; download it again from PandaSet itself"
@@ -103,7 +104,7 @@ def unpacked(path):
     if size > MAX_BYTES:
         raise InputError(f"{path}: {too_large()}")
     packed = read_bytes(path, AGAIN)
-    wrong = wrong_ends(packed[:1000], packed[-4:])
+    wrong = wrong_beginning(packed[:1000])
     if wrong:
         raise InputError(f"{path}: {wrong}")
 
@@ -122,24 +123,22 @@ def unpacked(path):
     return content
 
 
-def wrong_ends(head, tail):
-    """What is wrong with a gzip file by its first bytes and its last four, in words, or "".
-
-    The last four are the unpacked size; of a file that is cut short they are any number.
-    """
+def wrong_beginning(head):
+    """What is wrong with a gzip file by its first bytes, in words, or ""."""
     if not head:
         return f"empty; {AGAIN}"
     if not head.startswith(b"\x1f\x8b"):
         guess = "a pickle that is unpacked? Pack it with gzip" if head[:1] == b"\x80" else ""
         guess = guess or looks_like(head)
         return f"no gzip file; {guess + ', or ' if guess else ''}{AGAIN}"
-    if int.from_bytes(tail, "little") > MAX_BYTES:
-        return f"cut short, or {too_large()}"
     return ""
 
 
 def wrong_file(path):
-    """What is wrong with a packed frame by its ends and its size, in words; it is not unpacked."""
+    """What is wrong with a packed frame, in words, or "". It is unpacked only if its ends are odd.
+
+    The last four bytes are the unpacked size; of a file that is cut short they are any number.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(1000)
@@ -148,10 +147,14 @@ def wrong_file(path):
             tail = file.read()
     except OSError as error:
         return f"{error.strerror}; {AGAIN}"
-    wrong = wrong_ends(head, tail)
-    if not wrong and int.from_bytes(tail, "little") < size:  # a frame gets smaller when packed
-        return f"cut short; {AGAIN}"
-    return wrong
+    stated = int.from_bytes(tail, "little")
+    if head and size <= stated <= USUAL:  # a frame gets smaller when packed
+        return wrong_beginning(head)
+    try:
+        unpacked(path)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
 
 
 def too_large():

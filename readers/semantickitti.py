@@ -1,6 +1,6 @@
 """SemanticKITTI: scans of 64 beams, labels of points, the left colour camera.
 
-    python -m readers.semantickitti --data /data/kitti      # look at every file, print the counts
+    python -m readers.semantickitti --data /data/kitti      # every file's size, and the counts
 
 Behley et al., ICCV 2019, on the scans and pictures of KITTI's odometry benchmark (Geiger et al.,
 CVPR 2012). A sequence SS has velodyne/, labels/ (00 to 10), image_2/ and calib.txt; of the last two

@@ -24,7 +24,7 @@ def summary_of(table):
     names = table.conditions or ("full",)
     width = max(10, *map(len, names))
     # A line for each split and condition that has frames
-    lines = [f"{table.root}: {', '.join(about)}",
+    lines = [f"{table.name}={table.root}: {', '.join(about)}",
              f"  {'split':6} {'condition':{width}} scenes  frames  images"]
     for split in np.unique(table["split"][table.rows]):
         of_split = table.rows[table["split"][table.rows] == split]

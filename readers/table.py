@@ -31,6 +31,7 @@ are relative to root. The first is in every table, and scan or image:
     scene [F]; condition [F] index into CONDITIONS; scan [F] path; labels [F] path, b"" where there
     are none; cam_from_lidar [F, C, 4, 4]; intrinsics [F, C, 3, 3]
     cameras [C] names; label_map, what else the classes depend on; notes, lines to print
+    conditions [K] names, in the place of CONDITIONS where only the data know them
     intensity [2] mean and standard deviation, where SAMPLING's are to be measured
     record [F] hash of all that the dataset's tables say of the frame; the cache makes it of the
     columns where the reader does not
@@ -42,13 +43,14 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from plumbing.arguments import Parser
 from plumbing.errors import InputError, one_line_errors, say
-from readers.cache import cached
+from readers.cache import BAD_FRAMES, cached
 from readers.conditions import named_conditions
 from readers.frame_table import FrameTable
 from readers.paths import all_there
@@ -60,12 +62,24 @@ UNKNOWN = 255  # class of a label that is of no category
 # ---- which frames --------------------------------------------------------------------------------
 
 def check_conditions(tables, conditions):
-    """Raise InputError for a condition that none of these tables knows."""
-    known = list(dict.fromkeys(name for table in tables for name in table.conditions))
+    """Raise InputError for a condition that none of these tables knows.
+
+    Where they state none at all, they are taken whole under the names that other datasets have:
+    those may be a script's default.
+    """
+    stated = list(dict.fromkeys(name for table in tables for name in table.conditions))
+    known = stated
+    if conditions and not stated:
+        readers = [importlib.import_module(f"readers.{name}") for name in datasets()]
+        known = [name for reader in readers for name in getattr(reader, "CONDITIONS", ())]
     unknown = [name for name in conditions or () if name not in known]
-    if known and unknown:
-        roots = " and ".join(table.root for table in tables)
-        raise InputError(f"--conditions {unknown[0]}: --data {roots} has {', '.join(known)}")
+    if not unknown:
+        return
+    roots = " and ".join(table.root for table in tables)
+    if stated:
+        raise InputError(f"--conditions {unknown[0]}: --data {roots} has {', '.join(stated)}")
+    raise InputError(f"--conditions {unknown[0]}: --data {roots} states no conditions; leave the "
+                     "flag out, or name them in conditions.json there")
 
 
 def hold_out(tables, names):
@@ -81,16 +95,16 @@ def hold_out(tables, names):
     for table in tables:
         there.setdefault(table.name, set()).update(table.scenes())
     for given in names or ():
-        dataset, _, scene = given.rpartition(":")
-        owners = [name for name in there if scene in there[name] and dataset in ("", name)]
+        owners = [name for name in there if given.removeprefix(f"{name}:") in there[name]]
         if len(owners) > 1:
-            both = " or ".join(f"{name}:{scene}" for name in owners)
+            both = " or ".join(f"{name}:{given}" for name in owners)
             raise InputError(f"--val-scenes {given}: {' and '.join(owners)} have that scene; give "
                              f"{both}, or all of them")
         if not owners:
             known = "; ".join(f"{name} has {some_of(sorted(there[name])) or 'no scenes'}"
                               for name in there)
             raise InputError(f"--val-scenes {given}: no such scene; {known}")
+        scene = given.removeprefix(f"{owners[0]}:")
         held.setdefault(owners[0], []).append(scene.encode())
 
     # All roots of a dataset are split alike
@@ -103,7 +117,7 @@ def hold_out(tables, names):
     # Both sides must have frames; the held out have them by their names
     for name in held:
         if not any((table["split"] == b"train").any() for table in tables if table.name == name):
-            raise InputError(f"--val-scenes: no scene of {name} is left to train on; it has "
+            raise InputError(f"--val-scenes: no scene of {name} is left to train on; name fewer of "
                              f"{some_of(sorted(there[name]))}")
     return tables
 
@@ -127,11 +141,26 @@ def say_if_held_out(path, stage1, names, tables):
 
 
 def check_cameras(found):
-    """Raise InputError for a dataset that never has pictures. found: what `entries` gives."""
+    """Raise InputError for a dataset that never has pictures, or never LiDAR: stages need both.
+
+    found: what `entries` gives.
+    """
     for name, path in found:
-        if getattr(importlib.import_module(f"readers.{name}"), "CAMERAS", None) == ():
+        reader = importlib.import_module(f"readers.{name}")
+        if getattr(reader, "CAMERAS", None) == ():
             raise InputError(f"--data {path}: {name} has no cameras, and both stages need "
                              "pictures; it is for probe.py --task seg3d and for eval.py")
+        if not hasattr(reader, "scan"):
+            raise InputError(no_scans(path, reader))
+
+
+def no_scans(path, reader):
+    """The words for a dataset without LiDAR where it is needed. reader: its module."""
+    use = "it is for features of images (docs/run.md)"
+    if hasattr(reader, "CLASSES"):
+        use = "probe.py --task seg takes it"
+    return (f"--data {path}: {reader.__name__.rpartition('.')[2]} has no LiDAR scans, which both "
+            f"stages and seg3d need; {use}")
 
 
 # ---- opening -----------------------------------------------------------------------------------
@@ -283,7 +312,11 @@ def spread(rows, limit):
 
 @one_line_errors
 def main(name, argv=None):
-    """`python -m readers.NAME --data ROOT`: look at every file, print the counts."""
+    """`python -m readers.NAME --data ROOT`: print the counts and the frames that are bad.
+
+    Each file has to be there, and has to have its size. What is in it is looked at when it is
+    used. The exit code is BAD_FRAMES where there are some.
+    """
     reader = importlib.import_module(f"readers.{name}")
     parser = Parser(reader.__doc__, prog=f"python -m readers.{name}")
     parser.add_argument("--data", required=True, help="root of the dataset")
@@ -295,5 +328,15 @@ def main(name, argv=None):
     (table,) = open_tables([(name, args.data)], getattr(args, "version", None), here=True)
     print(table.summary())
     if "bad" in table:
-        for reason in table["bad"][table["bad"] != b""]:
+        reasons = table["bad"][table["bad"] != b""]
+        for reason in reasons:
             print(f"bad: {reason.decode()}")
+        if len(reasons):
+            sys.exit(BAD_FRAMES)
+
+
+@one_line_errors
+def shared(file, names):
+    """`python -m readers.FILE` of what the datasets `names` share: refused, because it is none."""
+    raise InputError(f"readers/{file}.py is what {' and '.join(names)} share and no dataset; run "
+                     f"python -m readers.{names[0]} or python -m readers.{names[1]}")

@@ -53,8 +53,13 @@ def test_names_that_cannot_be_held_out_are_one_line(world):
         hold_out([table], ["999"])
     with pytest.raises(InputError, match=f"--val-scenes nuimages:{everything[0]}: no such scene"):
         hold_out([table], [f"nuimages:{everything[0]}"])
-    with pytest.raises(InputError, match="no scene of nuscenes is left to train on; it has scene-"):
+    with pytest.raises(InputError, match="no scene of nuscenes is left to train on; name fewer"):
         hold_out([table], everything)
+    # A scene's name may have a colon in it
+    timed = open_one(world)
+    timed.columns = timed.columns | {"scene": np.char.add(timed["scene"], b" at 19:48")}
+    for names in ([f"{everything[0]} at 19:48"], [f"nuscenes:{everything[0]} at 19:48"]):
+        assert scenes(hold_out([timed], names)[0], b"val") == [f"{everything[0]} at 19:48"]
     twin = open_one(world)
     twin.name = "twin"
     first = everything[0]
@@ -154,6 +159,17 @@ def test_a_probe_says_that_there_is_nothing_to_judge_it_on(bare, capsys):
     table.columns["split"][:] = b"train"
     assert len(probe.validation_of(args, [table])[0]) == 0
     assert "no frame of split 'val', so eval.py will need --data" in capsys.readouterr().out
+
+
+def test_a_mistyped_condition_is_none_where_none_is_stated(bare):
+    """Another dataset's is a script's default and leaves out nothing."""
+    (table,) = open_tables([bare], here=True)
+    for conditions in (None, ["all"], ["day-clear"], ["night", "day-rain"]):
+        assert len(select([table], "train", conditions)[0]) == 20
+    for conditions in (["nigth"], ["night", "nigth"]):
+        with pytest.raises(InputError, match=f"--conditions nigth: --data {table.root} states no "
+                                             "conditions; leave the flag out, or name them in con"):
+            select([table], "train", conditions)
 
 
 def test_a_share_of_frames_begins_with_the_first(bare):

@@ -181,9 +181,10 @@ def test_one_version_may_stand_alone(drawn):
 
 def test_counts_and_empty_images_are_printed(drawn, capsys):
     (drawn / "samples/CAM_FRONT/c.jpg").write_bytes(b"")
-    main("nuimages", ["--data", str(drawn)])
+    with pytest.raises(SystemExit, match="3"):
+        main("nuimages", ["--data", str(drawn)])
     assert capsys.readouterr().out.splitlines() == [
-        f"{drawn}: 3 frames, 1 cameras", "  split  condition  scenes  frames  images",
+        f"nuimages={drawn}: 3 frames, 1 cameras", "  split  condition  scenes  frames  images",
         "  train  full            -       2       2", "  val    full            -       1       1",
         "bad: samples/CAM_FRONT/c.jpg is empty; extract it again"]
     with pytest.raises(InputError, match="1 of 1 frames are bad, the first: .*c.jpg is empty"):
@@ -199,7 +200,7 @@ def test_classes_are_the_ten_of_detection_and_the_road():
 def test_wrong_roots_are_named(tmp_path, drawn):
     with pytest.raises(InputError, match="not a nuImages root: .*world.py --dataset nuimages"):
         opened(tmp_path / "samples")
-    with pytest.raises(InputError, match="--cameras CAM_FRONT: choose one of random, all$"):
+    with pytest.raises(InputError, match="--cameras CAM_FRONT: choose one of random, all; nu"):
         Frames([opened(drawn)], "CAM_FRONT", SIZE, target="labels")
     (drawn / "samples/CAM_FRONT/c.jpg").unlink()
     message = "1 of 3 files .* missing, the first is samples/CAM_FRONT/c.jpg"

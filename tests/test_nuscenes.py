@@ -136,7 +136,8 @@ def test_the_index_always_looks_at_the_files_and_training_trusts_the_cache(
 
     # A damaged file and a missing one
     scan.write_bytes(scan.read_bytes()[:1001])
-    main("nuscenes", ["--data", str(copy)])
+    with pytest.raises(SystemExit, match="3"):
+        main("nuscenes", ["--data", str(copy)])
     wrong = f"bad: {scan.relative_to(copy)} has 1001 bytes, not 20 a point"
     assert wrong in capsys.readouterr().out
     content = image.read_bytes()

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 from pandasets import write_dataset, write_json, write_scene
+from runs import open_one
 
+from data import Frames
 from miniature.pandaset_files import write_frame
 from plumbing.errors import InputError
 from readers import pandaset, pandaset64, pandasetgt
-from runs import open_one
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,18 @@ def test_files_beside_the_frames_that_are_missing_or_damaged(root, file, content
     message = refusal(root)
     assert reason in message and file in message
     assert "again" in message
+
+
+def test_a_scene_without_a_camera_that_is_asked_for(root):
+    shutil.rmtree(root / "017/camera/left_camera")
+    assert refusal(root) == (
+        f"--data {root}: scene 017 has no folder camera/left_camera; download the scene again, or "
+        "take it away (of the cameras, --data pandasetgt=PATH needs the front one alone)")
+    table = open_one(root, name="pandasetgt")
+    assert len(table) == 5
+    with pytest.raises(InputError, match="--cameras left_camera: choose one of random, all, scan, "
+                                         "front_camera; pandasetgt has no other"):
+        Frames([table], "left_camera")
 
 
 def cut(path):

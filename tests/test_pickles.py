@@ -198,9 +198,9 @@ def test_the_ends_of_a_file_tell_most_of_this(tmp_path):
     write_frame(path, some_columns(200))
     whole = path.read_bytes()
     assert wrong_file(path) == ""
-    sizes = {b"": "empty", whole[:-4] + bytes([200, 0, 0, 0]): "cut short; download it again",
-             whole[:-4] + bytes([0, 0, 0, 99]): "cut short, or more than 256 MB", b"P": "no gzip",
-             b"\x1f": "no gzip", whole[:-1000]: "cut short"}
+    sizes = {b"": "empty", whole[:-4] + bytes([200, 0, 0, 0]): "damaged (",
+             whole[:-4] + bytes([0, 0, 0, 99]): "damaged (", b"P": "no gzip", b"\x1f": "no gzip",
+             whole[:-1000]: "cut short, the gzip data have no end; download it again"}
     for content, reason in sizes.items():
         path.write_bytes(content)
         assert reason in wrong_file(path)

@@ -99,7 +99,7 @@ def test_a_reader_has_what_its_data_has_and_nothing_else(toy, capsys):
     assert table.fingerprint(labels=True)["frames"] == 2 and len(table.files(labels=True)) == 16
     main("toy", ["--data", str(toy[1])])
     assert capsys.readouterr().out.splitlines() == [
-        f"{toy[1]}: 2 frames, 1 cameras", "  split  condition  scenes  frames  images",
+        f"toy={toy[1]}: 2 frames, 1 cameras", "  split  condition  scenes  frames  images",
         "  train  full            -       2       2"]
     with pytest.raises(SystemExit):
         main("toy", ["--data", str(toy[1]), "--version", "v1"])
@@ -231,7 +231,8 @@ def test_the_counts_are_printed_without_torch(copy):
         done = run("nuscenes", "--data", str(copy))
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
-            f"{copy}: 14 frames, 1 cameras, labels: yes, train: 8 frames, 28130 in the papers",
+            f"nuscenes={copy}: 14 frames, 1 cameras, labels: yes, "
+            "train: 8 frames, 28130 in the papers",
             "  split  condition  scenes  frames  images",
             "  train  day-clear       4       4       4",
             "  train  day-rain        2       2       2",
@@ -240,6 +241,16 @@ def test_the_counts_are_printed_without_torch(copy):
             "  val    day-rain        2       2       2",
             "  val    night           2       2       2"]
         assert "torch" not in imported(done)
+
+
+@pytest.mark.parametrize("name, datasets", [
+    ("kitti", ("semantickitti", "semanticposs")), ("pandaset", ("pandaset64", "pandasetgt"))])
+def test_what_datasets_share_says_which_reader_to_run(name, datasets):
+    done = subprocess.run([sys.executable, "-m", f"readers.{name}", "--data", "x"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    for dataset in datasets:
+        assert f"python -m readers.{dataset}" in done.stderr
 
 
 def test_a_wrong_root_is_one_line_and_exit_code_2(tmp_path):
