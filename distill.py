@@ -109,17 +109,30 @@ def sums_by(numbers, count, pixel_features, point_features, widths=None):
 
 
 @torch.no_grad()
-def feature_spread(features):
+def constant_loss(features, widths=None):
+    """The loss of a student that gives the same features everywhere: the teacher's mean direction.
+
+    features: [M, D] of the teacher. widths: as for `distillation_loss`. A student whose loss is not
+    well below has learnt the mean and little else.
+    """
+    mean = unit_parts(features, widths).mean(0, keepdim=True)  # [1, D]
+    each = distances(features, mean.expand(features.shape), widths)  # [M]
+    return each.sum().item() / max(1, len(each))
+
+
+@torch.no_grad()
+def feature_spread(features, widths=None):
     """How far features are from collapse: {"feature_variance": .., "effective_rank": ..}.
 
-    features: [M, D], of which at most 2 048 rows are used.
+    features: [M, D], of which at most 2 048 rows are used. widths: as for `distillation_loss`.
 
-    The feature variance is that of the L2-normalised features around their mean, in [0, 1]. It is
-    0 where all are the same. The effective rank (Roy and Vetterli, 2007) is exp of the entropy of
-    the covariance's normalised eigenvalues, in [1, D]: how many directions the features use.
+    The feature variance is that of the L2-normalised features around their mean, in [0, 1]; of K
+    parts in [0, K]. It is 0 where all are the same. The effective rank (Roy and Vetterli, 2007) is
+    exp of the entropy of the covariance's normalised eigenvalues, in [1, D]: how many directions
+    the features use.
     """
     stride = max(1, -(-len(features) // 2048))  # rounded up
-    f = F.normalize(features[::stride].float(), dim=1)
+    f = unit_parts(features[::stride], widths)
     f = f - f.mean(0)
     eigenvalues = torch.linalg.eigvalsh(f.T @ f / max(1, len(f))).clamp(min=0)  # [D]
     variance = eigenvalues.sum()

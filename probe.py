@@ -100,6 +100,9 @@ def add_arguments(parser, paper, lr):
              "SLidR's public loader; of SemanticKITTI's scans and nuImages' images in the order of "
              "their names (default: all)")
     add("--cameras", help=f"{cameras} (default: {by_task(paper, 'cameras')})")
+    add("--points", type=COUNT,
+        help="of a view at most, drawn anew each epoch, with --cache once; for seg and depth "
+             "(default: all; nuScenes has some 3 000 of a view, PandaSet 24 000)")
     add("--epochs", type=COUNT, help=f"(default: {by_task(paper, 'epochs')})")
     add("--batch", type=COUNT,
         help=f"camera views in a batch, over all processes (default: {by_task(paper, 'batch')})")
@@ -150,7 +153,8 @@ def check_flags(args):
                          "would keep the one in its place")
     if args.head == "whitened" and not args.cache:
         raise InputError("--head whitened needs all features at once: add --cache")
-    ignored = [name for name in ("weights", "hub", "feature", "image_size") if getattr(args, name)]
+    ignored = [name for name in ("weights", "hub", "feature", "image_size", "points")
+               if getattr(args, name)]
     if args.task == "seg3d" and ignored:
         raise InputError(f"--{ignored[0].replace('_', '-')} has no meaning for --task seg3d: stage "
                          "1's checkpoint says all")
@@ -277,6 +281,7 @@ def set_up(args, encoder, image_size, stage1, points="random", validated=False):
                     skip_bad=skip_bad)
     frames = Frames(chosen, args.cameras, image_size, prepare, task.target, points, skip_bad,
                     args.seed)
+    frames.most = args.points
 
     # A run of the same arguments, encoder and frames goes on
     of_val = validation_of(args, tables)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import distill
-from distill import distillation_loss, feature_spread, sample_features
+from distill import (constant_loss, distances, distillation_loss, feature_spread,
+                     sample_features)
 
 
 def test_samples_equal_the_up_sampled_map():
@@ -116,3 +117,30 @@ def test_spread_looks_at_2048_at_most(monkeypatch):
         feature_spread(torch.randn(count, 3))
     assert max(seen) <= 2048
     assert min(seen[1:]) > 1000
+
+
+def test_constant_loss_by_hand():
+    # Two directions at a right angle: their mean lies 45 degrees from both, 2 sin(22.5 degrees)
+    right_angle = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    assert constant_loss(right_angle) == pytest.approx(2 * math.sin(math.pi / 8), abs=1e-6)
+    assert constant_loss(torch.ones(7, 4)) == pytest.approx(0, abs=1e-6)
+    assert constant_loss(torch.zeros(0, 4)) == 0
+    # Of two parts alike the distance is that of one, times the square root of 2
+    both = torch.cat([right_angle, right_angle], dim=1)
+    assert constant_loss(both, [2, 2]) == pytest.approx(math.sqrt(2) * constant_loss(right_angle))
+
+
+def test_no_constant_is_much_better_than_the_mean():
+    torch.manual_seed(0)
+    features = torch.randn(500, 8) + 2
+    constants = torch.randn(200, 1, 8).expand(-1, 500, -1)
+    others = min(distances(features, constant).mean().item() for constant in constants)
+    assert constant_loss(features) < others
+
+
+def test_spread_of_parts():
+    # Each part is normalised for itself: its length says nothing
+    features = torch.cat([torch.eye(4), 100 * torch.eye(4)], dim=1).repeat(10, 1)
+    spread = feature_spread(features, [4, 4])
+    assert spread["feature_variance"] == pytest.approx(2 * 3 / 4, abs=1e-5)
+    assert spread["effective_rank"] == pytest.approx(3, rel=1e-3)

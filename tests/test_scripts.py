@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import (RUN, SPAWN, checkpoint_of, eval_args, fails_with_one_line, largest_difference,
-                  lines, model_of, probe_args, stage1_args, stage2_args)
+                  lines, model_of, open_one, probe_args, stage1_args, stage2_args)
 
 import eval as evaluation
 import finetune
@@ -40,7 +40,11 @@ def test_stage1_writes_what_stage2_needs(first):
     assert sampling["cell"] == 1 and sampling["fov"] == (48, 48, 8)  # of the flags
     assert sampling == SAMPLING | {"cell": 1, "fov": (48, 48, 8), "neighbors": 4}  # else its own
     assert checkpoint["encoder"]["name_or_path"] == "vit_mini8"
-    assert 1 < lines(first)[-1]["loss"] < 1.6
+    line = lines(first)[-1]
+    assert 1 < line["loss"] < 1.6
+    # What to look at before stage 2
+    assert 1 < line["effective_rank"] < 96 and 1 < line["teacher_rank"] < 96
+    assert 0 < line["constant_loss"] < 2 ** 0.5
 
 
 def test_stage2_moves_the_image_encoder_and_only_it(first, second):
@@ -51,6 +55,31 @@ def test_stage2_moves_the_image_encoder_and_only_it(first, second):
              if not torch.equal(value, before[key])}
     assert {"patch_embed.proj.weight", "blocks.3.mlp.fc2.weight", "norm.weight"} <= moved
     assert 1 < lines(second)[-1]["loss"] < 1.6
+
+
+def test_a_probe_takes_so_many_points_of_a_view(world, tmp_path, capsys):
+    frames = Frames([open_one(world)], image_size=(80, 160), target="labels", seed=5)
+    whole = frames[0, 0]
+    count = len(whole["labels"])
+    places = {tuple(pixel) for pixel in whole["pixels"].tolist()}
+    frames.most = 50
+    few = frames[0, 0]
+    kept = [tuple(pixel) for pixel in few["pixels"].tolist()]
+    assert count > 50 == len(few["labels"]) == len(set(kept)) and set(kept) <= places
+    assert kept != [tuple(pixel) for pixel in frames[1, 0]["pixels"].tolist()]  # of another epoch
+    assert kept == [tuple(pixel) for pixel in frames[0, 0]["pixels"].tolist()]
+    of_place = dict(zip(map(tuple, whole["pixels"].tolist()), whole["depths"].tolist()))
+    assert few["depths"].tolist() == [of_place[pixel] for pixel in kept]
+    frames.most = count
+    assert torch.equal(frames[0, 0]["pixels"], whole["pixels"])
+
+    flags = ["--weights", "random", "--points", "50", "--steps", "2"]
+    args = probe_args(world, "depth", "vit_mini8", tmp_path / "p", *flags)
+    probe.main([*args, "--head", "whitened", "--cache"])
+    assert lines(tmp_path / "p")[-1]["loss"] > 0
+    with pytest.raises(SystemExit):
+        probe.main(probe_args(world, "seg3d", tmp_path, tmp_path / "q", "--points", "50"))
+    assert "--points has no meaning for --task seg3d" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cache", [False, True])
