@@ -11,17 +11,15 @@ hand. A command that has finished is not run again.
 """
 import os
 import statistics
-import time
 from pathlib import Path
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
-from demo import run as run_command
 from experiments import scalr_claims
 from experiments.claims import Claim, Number, numbers_of
+from experiments.runs import Runs
 from plumbing.arguments import SEED, Distinct, Parser
-from plumbing.atomic import read_json, write_json, write_text
+from plumbing.atomic import read_json, write_text
 from plumbing.errors import InputError, one_line_errors
-from plumbing.fingerprint import digest
 from results import not_comparable
 
 # In percent and metres: what a probe's own training can move (miniature/README.md)
@@ -173,58 +171,19 @@ CLAIMS = {claim.name: claim for claim in (*_CLAIMS, *scalr_claims.CLAIMS)}
 
 # ---- runs ----------------------------------------------------------------------------------------
 
-class World:
-    """The runs on the world of one seed, each made once.
+class World(Runs):
+    """The runs on the world of one seed."""
 
-    done.json remembers, of each run that has finished, its command, its seconds and its recipe. The
-    recipe is a hash of the command, of the encoder as it was and of the recipes of the runs that it
-    needs. A world's is of its command alone. A run that is gone, or whose recipe is another one
-    now, is made again.
-    """
+    worlds = WORLDS
 
     def __init__(self, folder, seed):
-        self.folder = Path(folder, f"seed-{seed}")
-        self.seed = seed
-        self.note = self.folder / "done.json"
-        self.done = read_json(self.note) or {}
-        self.used = set()
+        super().__init__(Path(folder, f"seed-{seed}"), seed, COMMANDS)
 
-    def make(self, name, command, *needed):
-        """Run a command, unless it has finished before by the recipe that it has now.
+    def base(self):
+        return ENCODER
 
-        needed: names of the runs that it needs. Returns its folder.
-        """
-        here = self.folder / name
-        there = here.exists() or Path(f"{here}.json").exists()
-        recipe = self._recipe(name, command, needed)
-        if not there or self.done.get(name, {}).get("recipe") != recipe:
-            begin = time.time()
-            run_command(command)
-            seconds = round(time.time() - begin, 1)
-            self.done[name] = {"command": command, "recipe": recipe, "seconds": seconds}
-            write_json(self.note, self.done)
-        self.used.add(name)
-        return here
-
-    def _recipe(self, name, command, needed):
-        """The recipe of a run: see World."""
-        parts = [command.encode()]
-        if name not in WORLDS:
-            parts.append(Path(ROOT, ENCODER).read_bytes())
-        parts += [self.done[other]["recipe"].encode() for other in needed if other in self.done]
-        return digest(parts)
-
-    def run(self, name):
-        """The folder of a run of COMMANDS, or the encoder as it was. Makes first what it needs."""
-        return ENCODER if name == "base" else self.follow(name, COMMANDS[name])
-
-    def follow(self, name, command):
-        """Make a run by a command as in COMMANDS, after the runs that it names."""
-        named = [other for other in ("base", *COMMANDS) if f"{{{other}}}" in command]
-        folders = {other: self.run(other) for other in named}
-        command = command.format(here=self.folder / name, seed=self.seed,
-                                 images_seed=self.seed + 100, **folders)
-        return self.make(name, command, *named)
+    def fields(self):
+        return {"images_seed": self.seed + 100}
 
     def values(self, claim):
         """(better, worse) of a claim; what it needs is run first.

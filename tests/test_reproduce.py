@@ -13,7 +13,7 @@ import finetune
 import probe
 import stage1
 import stage2
-from experiments import corruptions, reproduce
+from experiments import corruptions, reproduce, runs
 from experiments.reproduce import CLAIMS, COMMANDS, TASKS, WORLDS, Claim, Number, World
 from plumbing.errors import InputError
 
@@ -68,7 +68,7 @@ def dry(tmp_path, monkeypatch):
         if command[1:3] == ["experiments.corruptions", "images"]:
             results = dict.fromkeys(CORRUPTIONS, result)
             Path(f"{out}.json").write_text(json.dumps([{"results": results}]))
-    monkeypatch.setattr(reproduce, "run_command", run)
+    monkeypatch.setattr(runs, "run_command", run)
     return world, commands
 
 

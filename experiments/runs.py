@@ -1,0 +1,78 @@
+"""Commands that need each other's folders, each run once: for experiments that are many runs."""
+import time
+from pathlib import Path
+
+from demo import ROOT
+from demo import run as run_command
+from plumbing.atomic import read_json, write_json
+from plumbing.fingerprint import digest
+
+
+class Runs:
+    """The runs of one seed, each made once.
+
+    commands: {run: command}. In a command, {name} is the folder of another run, which is made
+    first; {here} is the run's own, and {seed} the seed. `base` and `fields` are what a kind of
+    experiment says further.
+
+    done.json remembers, of each run that has finished, its command, its seconds and its recipe. The
+    recipe is a hash of the command, of the encoder as it was and of the recipes of the runs that it
+    needs. Of the runs in `worlds`, it is of the command alone. A run that is gone, or whose recipe
+    is another one now, is made again.
+    """
+
+    worlds = ()  # runs that do not depend on the encoder as it was
+
+    def __init__(self, folder, seed, commands):
+        self.folder = Path(folder)
+        self.seed = seed
+        self.commands = commands
+        self.note = self.folder / "done.json"
+        self.done = read_json(self.note) or {}
+        self.used = set()
+
+    def base(self):
+        """The image encoder as it was, a file or a name: "base" among the runs."""
+        raise NotImplementedError
+
+    def fields(self):
+        """What else stands in braces in a command."""
+        return {}
+
+    def make(self, name, command, *needed):
+        """Run a command, unless it has finished before by the recipe that it has now.
+
+        needed: names of the runs that it needs. Returns its folder.
+        """
+        here = self.folder / name
+        there = here.exists() or Path(f"{here}.json").exists()
+        recipe = self._recipe(name, command, needed)
+        if not there or self.done.get(name, {}).get("recipe") != recipe:
+            begin = time.time()
+            run_command(command)
+            seconds = round(time.time() - begin, 1)
+            self.done[name] = {"command": command, "recipe": recipe, "seconds": seconds}
+            write_json(self.note, self.done)
+        self.used.add(name)
+        return here
+
+    def _recipe(self, name, command, needed):
+        """The recipe of a run: see Runs."""
+        parts = [command.encode()]
+        if name not in self.worlds:
+            file = Path(ROOT, self.base())
+            parts.append(file.read_bytes() if file.is_file() else self.base().encode())
+        parts += [self.done[other]["recipe"].encode() for other in needed if other in self.done]
+        return digest(parts)
+
+    def run(self, name):
+        """The folder of a run, or the encoder as it was. Makes first what it needs."""
+        return self.base() if name == "base" else self.follow(name, self.commands[name])
+
+    def follow(self, name, command):
+        """Make a run by a command as in `commands`, after the runs that it names."""
+        named = [other for other in ("base", *self.commands) if f"{{{other}}}" in command]
+        folders = {other: self.run(other) for other in named}
+        command = command.format(here=self.folder / name, seed=self.seed, **self.fields(),
+                                 **folders)
+        return self.make(name, command, *named)
