@@ -21,7 +21,8 @@ class Claim(NamedTuple):
     """`better` is claimed to be better than `worse`: a higher mIoU or a lower RMSE.
 
     Each side is a Number, or a pair of them whose difference is meant. table: of the paper. paper:
-    the paper's two numbers; None where it has none. at_least: "not worse" is claimed, no more.
+    the paper's two numbers; None where it has none. says: that `better` is "better",
+    "not worse" or "the same".
     """
     name: str
     table: str
@@ -29,7 +30,7 @@ class Claim(NamedTuple):
     better: Number | tuple
     worse: Number | tuple
     paper: tuple | None
-    at_least: bool = False
+    says: str = "better"
 
     @property
     def metric(self):

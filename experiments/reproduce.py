@@ -28,7 +28,8 @@ RULE = ("*holds*: the mean difference in the claimed direction is larger than th
         "the larger of twice its standard error over the seeds and "
         f"{NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE; "
         "*does not hold*: it is that large in the other direction; else *within noise*. Where a "
-        "run is claimed to be *not worse*, within noise it holds.")
+        "run is claimed to be *not worse*, within noise it holds. Where two are claimed to be *the "
+        "same*, it holds within noise alone.")
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -229,18 +230,20 @@ class World(Runs):
 
 # ---- verdicts ------------------------------------------------------------------------------------
 
-def verdict(differences, metric, at_least=False):
+def verdict(differences, metric, says="better"):
     """The verdict of RULE on the differences better - worse, one for each seed."""
     # A lower RMSE is a gain
     gains = [-d if metric == "RMSE" else d for d in differences]
     mean = statistics.mean(gains)
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
     noise = max(2 * error, NOISE[metric])
+    if says == "the same":
+        return "holds" if abs(mean) <= noise else "does not hold"
     if mean > noise:
         return "holds"
     if mean < -noise:
         return "does not hold"
-    return "holds" if at_least else "within noise"
+    return "holds" if says == "not worse" else "within noise"
 
 
 def row(claim, values):
@@ -251,7 +254,7 @@ def row(claim, values):
     differences = [better - worse for better, worse in values]
     cells = (f"`{claim.name}`", claim.table, claim.sentence, claim.metric, paper, here,
              mean_and_spread(differences, digits, "+"),
-             verdict(differences, claim.metric, claim.at_least))
+             verdict(differences, claim.metric, claim.says))
     return f"| {' | '.join(cells)} |"
 
 

@@ -30,8 +30,11 @@ def test_verdicts_follow_the_rule():
     assert reproduce.verdict([-0.2], "RMSE") == "holds"  # lower is better
     assert reproduce.verdict([0.2], "RMSE") == "does not hold"
     # "not worse" is claimed
-    assert reproduce.verdict([-0.4], "mIoU", at_least=True) == "holds"
-    assert reproduce.verdict([-0.6], "mIoU", at_least=True) == "does not hold"
+    assert reproduce.verdict([-0.4], "mIoU", says="not worse") == "holds"
+    assert reproduce.verdict([-0.6], "mIoU", says="not worse") == "does not hold"
+    # That nothing changes is refuted on either side
+    assert [reproduce.verdict([d], "mIoU", says="the same") for d in (-0.6, 0.4, 0.6)] == [
+        "does not hold", "holds", "does not hold"]
     # mean 2, standard error 2 / sqrt(3) = 1.15, twice of it is more than the mean
     assert reproduce.verdict([0.0, 2.0, 4.0], "mIoU") == "within noise"
     assert reproduce.verdict([1.0, 2.0, 3.0], "mIoU") == "holds"  # standard error 0.58
