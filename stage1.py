@@ -23,7 +23,7 @@ from data import Frames, collate, select, set_sampling
 from distill import constant_loss, distillation_loss, feature_spread, sums_by
 from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real, whole
-from plumbing.errors import one_line_errors, say
+from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
 from readers.table import check_cameras, entries, hold_out, open_tables
@@ -68,6 +68,18 @@ def fill_in(args):
     # Several teachers need more than a linear layer (ScaLR, supplement B.2)
     if isinstance(args.encoder, list) and args.head is None:
         args.head = "mlp2"
+
+
+def check_flags(args):
+    """Raise InputError for flags that would do nothing beside the others. Before `fill_in`."""
+    recipe = RECIPES[args.recipe or "cd"]
+    if args.hidden and (args.head or recipe.get("head")) != "mlp":
+        raise InputError(f"--hidden {args.hidden}: of --head mlp alone")
+    if (args.schedule or recipe.get("schedule")) == "rsqrt":
+        for name in ("end_lr", "warmup_steps"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}: of --schedule cosine alone; rsqrt "
+                                 "has a warm-up and an end of its own")
 
 
 def fill_in_epochs(args, frames):
@@ -157,6 +169,7 @@ def parse(argv=None):
     add("--weight-decay", type=RATE, help="of AdamW (default: 0.03, Sec. 4.1)")
     args = parser.parse_args(argv)
     settle(args)
+    check_flags(args)
     fill_in(args)
     return args
 

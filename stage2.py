@@ -50,7 +50,7 @@ def parse(argv=None):
         help="the image encoder to train, one of stage 1's if it had several (default: stage 1's "
              "own, with its --weights, --hub and --feature)")
     add("--train-batchnorm", action="store_true",
-        help="let a ResNet-50's BatchNorm normalise by the batch and update its statistics, each "
+        help="let the encoder's BatchNorm normalise by the batch and update its statistics, each "
              "process its own (default: they stay as released)")
     add("--recompute", action="store_true",
         help="compute the blocks of the image encoder again in the backward pass instead of "

@@ -117,6 +117,11 @@ def load_teachers(args, device):
         encoder = models.load_image_encoder(one.encoder, one.weights, one.hub, one.feature,
                                             careful=False)
         encoders.append(encoder.to(device).requires_grad_(False))
+    prints = [encoder.fingerprint() for encoder in encoders] if len(encoders) > 1 else []
+    for number, one in enumerate(prints):
+        if one in prints[:number]:
+            raise InputError(f"--encoder {' '.join(args.encoder)}: {one['name']} stands there twice "
+                             "with the same weights and feature; give it once")
     return Teachers(encoders)
 
 

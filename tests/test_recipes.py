@@ -237,6 +237,10 @@ def test_another_recipe_is_another_run_and_the_default_may_be_named(world, first
     ("--drop-path 1", "--drop-path 1: must be at least 0 and below 1"),
     ("--hidden 0", "--hidden 0: must be at least 1"),
     ("--head mlp3", "--head invalid choice: 'mlp3'"),
+    ("--hidden 64", "--hidden 64: of --head mlp alone"),
+    ("--schedule rsqrt --end-lr 0", "--end-lr: of --schedule cosine alone"),
+    ("--recipe scalr+ --warmup-steps 9", "--warmup-steps: of --schedule cosine alone"),
+    ("--encoder vit_mini8 vit_mini8 --weights random random", "vit_mini8 stands there twice"),
     ("--recipe scalr+ --norm batchnorm", "--recompute: not with BatchNorm")])
 def test_mistakes_are_one_line(argv, message, world, tmp_path, capsys):
     argv = [*stage1_args(world, tmp_path / "none"), "--image-size", "80", "160", *argv.split()]
