@@ -120,8 +120,8 @@ def load_teachers(args, device):
     prints = [encoder.fingerprint() for encoder in encoders] if len(encoders) > 1 else []
     for number, one in enumerate(prints):
         if one in prints[:number]:
-            raise InputError(f"--encoder {' '.join(args.encoder)}: {one['name']} stands there twice "
-                             "with the same weights and feature; give it once")
+            raise InputError(f"--encoder {' '.join(args.encoder)}: {one['name']} stands there "
+                             "twice with the same weights and feature; give it once")
     return Teachers(encoders)
 
 

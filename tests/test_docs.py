@@ -32,6 +32,7 @@ SMALL["experiments.ablations"] = SMALL["stage1"]
 ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ",  # have tests of theirs
              "experiments.bench ", "experiments.bench_scalr ",
              "experiments.reproduce --paper", "experiments.reproduce --claim",
+             "experiments.real ", "experiments.real_figures ", "experiments.corruptions compare",
              "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
 
 
@@ -69,7 +70,8 @@ def test_the_commands_are_found():
             "miniature.pretrain",
             "experiments.scalr_figures", "experiments.ablations", "experiments.bench",
             "experiments.bench_scalr", "experiments.corruptions", "experiments.reproduce",
-            "experiments.visualize"} == set(names)
+            "experiments.visualize", "experiments.real", "experiments.real_figures"
+            } == set(names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

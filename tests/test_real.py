@@ -1,0 +1,345 @@
+"""The experiment on real frames: its commands, which are recorded and not run, and the frames."""
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from runs import fails_with_one_line, open_one
+
+import eval as evaluation
+import probe
+import stage1
+import stage2
+from experiments import ablations, clean_twin, corruptions, distance, probes, real, runs
+from experiments.real import COMMANDS, CONDITIONS, CORRUPTIONS, ENCODER, ROWS, SEEN
+from plumbing import training
+
+SCRIPTS = {"stage1.py": stage1.main, "stage2.py": stage2.main, "probe.py": probe.main,
+           "eval.py": evaluation.main, "experiments.ablations": ablations.main,
+           "experiments.clean_twin": clean_twin.main, "experiments.probes": probes.main,
+           "experiments.distance": distance.main, "experiments.corruptions": corruptions.main}
+VAL = "003"  # a scene of the miniature
+COLUMNS = ("full", *CONDITIONS)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+class Parsed(Exception):
+    """A script has read its flags."""
+
+
+def script_of(command):
+    """(name, arguments) of a command."""
+    return (command[1], command[2:]) if command[0] == "-m" else (command[0], command[1:])
+
+
+def parsed(command):
+    """The flags of a command, as its own script reads them before it does anything."""
+    name, argv = script_of(command)
+    if name == "experiments.corruptions":
+        return corruptions.parse(argv)
+
+    def start(args):
+        raise Parsed(args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "start", start)
+        with pytest.raises(Parsed) as stop:
+            SCRIPTS[name](argv)
+    return stop.value.args[0]
+
+
+def out_of(command):
+    return command[command.index("--out") + 1]
+
+
+# What a script writes, with the same number in each column
+SEG = {"mIoU": dict.fromkeys(COLUMNS, 40.0),
+       "IoU": {column: {"road": 40.0} for column in COLUMNS}}
+DEPTH = {"RMSE": dict.fromkeys(COLUMNS, 8.0)}
+OF_PROBES = {"seg-all": SEG, "seg-first": SEG, "depth-all": DEPTH, "depth-first": DEPTH}
+RESULTS = {"experiments.probes": OF_PROBES, "experiments.distance": [3.0, 2.0, 1.0],
+           "eval.py": [{"mIoU": {"full": 30.0}}]}
+
+
+class Dry:
+    """real.py whose commands are recorded. They leave an empty folder, or a file of RESULTS."""
+
+    def __init__(self, panda, root):
+        self.panda = panda
+        self.root = root
+        self.commands = []
+
+    def run(self, command):
+        command = shlex.split(command)
+        self.commands.append(command)
+        name, _ = script_of(command)
+        out = Path(out_of(command))
+        if name not in RESULTS:
+            out.mkdir(parents=True)
+            return
+        out = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(RESULTS[name]))
+
+    def main(self, *more):
+        """The commands of a start."""
+        self.commands.clear()
+        real.main(["--data", f"pandaset64={self.panda}", "--val-scenes", VAL, "--out",
+                   str(self.root / "runs"), "--results", str(self.root / "page"), *more])
+        return list(self.commands)
+
+    def kept(self):
+        return json.loads((self.root / "page.json").read_text())
+
+    def made(self):
+        """The names of what the commands have made, in order."""
+        return [Path(out_of(command)).name for command in self.commands]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stay():
+    """The experiment goes to the repository's root; what comes after it begins where it was."""
+    here = os.getcwd()
+    yield
+    os.chdir(here)
+
+
+@pytest.fixture
+def dry(panda, tmp_path, monkeypatch):
+    found = Dry(panda, tmp_path)
+    monkeypatch.setattr(runs, "run_command", found.run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def everything(panda, tmp_path_factory):
+    """(Dry, its commands): all rows of one seed, and the distance of pictures."""
+    open_one(panda, name="pandaset64")  # cached by this process, which is sooner
+    found = Dry(panda, tmp_path_factory.mktemp("real"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "run_command", found.run)
+        commands = found.main("--seeds", "5", "--pictures", "/data/pictures")
+    return found, commands
+
+
+def places(data):
+    """The last two parts of the paths of a --data."""
+    return ["/".join(Path(part.partition("=")[2]).parts[-2:]) for part in data.split(",")]
+
+
+def test_each_script_understands_its_commands(everything):
+    dry, commands = everything
+    for command in commands:
+        name, _ = script_of(command)
+        args = parsed(command)
+        assert str(args.out) == out_of(command)
+        if name == "experiments.corruptions":
+            assert args.condition is None and args.corruption == args.out.name
+            assert args.severity == real.SEVERITY and not args.split
+        elif name not in ("experiments.distance", "eval.py"):
+            assert args.seed == 5 and args.val_scenes == [VAL]
+        if name == "experiments.probes":
+            assert tuple(args.conditions) == CONDITIONS
+        if name == "experiments.distance":
+            assert args.data == "pictures=/data/pictures"
+
+
+def test_everything_is_made_once_and_before_it_is_needed(everything):
+    dry, commands = everything
+    outs = [out_of(command) for command in commands]
+    assert len(set(outs)) == len(outs)
+    folders = {str(dry.root / "runs/clean")}
+    for command, out in zip(commands, outs):
+        args = vars(parsed(command))
+        needed = [part.partition("=")[2] for part in (args.get("data") or "").split(",")
+                  if part.startswith("pandaset64=")]
+        needed += [args.get("stage1"), args.get("encoder"), *(args.get("encoders") or ())]
+        needed += args.get("probes") or ()
+        for one in needed:
+            assert one in (None, ENCODER, *folders), command
+        folders.add(out)
+    names = [Path(out).name for out in outs]
+    assert names[:len(CORRUPTIONS)] == list(CORRUPTIONS)
+    results = set()
+    for name, row in ROWS.items():
+        of_points = {f"{name}-seg3d", f"{name}-seg3d-table"}
+        results |= of_points if row.script == "seg3d" else {f"{name}-{row.script}.json"}
+    assert set(names) == {*CORRUPTIONS, *COMMANDS, *results}
+
+
+def test_only_the_probes_see_the_last_condition_and_the_trainings_are_alike(everything):
+    """Rivals of stage 2 have its steps, batch and rate; the scenes that judge are held out."""
+    _, commands = everything
+    seen = ["runs/clean", *(f"copies/{name}" for name in SEEN)]
+    found = {}
+    for command in commands:
+        name, _ = script_of(command)
+        if name in ("experiments.corruptions", "experiments.distance", "eval.py"):
+            continue
+        args = parsed(command)
+        if name == "experiments.probes":
+            assert places(args.data) == [*seen, f"copies/{CORRUPTIONS[-1]}"]
+            continue
+        found[Path(out_of(command)).name] = args
+        assert places(args.data) in (["runs/clean"], seen)
+        assert args.restart and args.workers == 0
+
+    of_stage1 = {"cd": "stage1", "clear-only": "stage1", "twin": "stage1", "rich-cd": "rich-1",
+                 "random-teacher": "random-3d", "labels": "labels-3d", "2d-head": "2d-head-1"}
+    for name in ("joint", *of_stage1):
+        args = found[name]
+        rate = args.lr_2d if name == "joint" else args.lr
+        assert (args.steps, args.batch, rate) == (216, 6, 1e-3)
+        assert args.conditions == ["all"] and args.cameras == "all"
+        assert len(args.data.split(",")) == (1 if name == "clear-only" else 1 + len(SEEN))
+    for name in ("stage1", "stage1-all", "labels-3d", "2d-head-1", "rich-1"):
+        args = found[name]
+        assert (args.steps, args.batch, args.channels, args.depth) == (450, 6, 64, 4)
+        assert args.conditions == (["all"] if name == "stage1-all" else ["clear"])
+        assert (len(args.data.split(",")) > 1) == (name == "stage1-all")
+    # What was never trained
+    assert found["random-3d"].lr < 1e-9 and found["random-3d"].end_lr == 0
+    assert found["rich-1"].feature == "strides"
+    assert {name: Path(found[name].stage1).name for name in of_stage1} == of_stage1
+
+
+def test_rows_are_of_the_encoders_that_they_name(everything):
+    _, commands = everything
+    found = {}
+    for command in commands:
+        name, _ = script_of(command)
+        args = vars(parsed(command))
+        row = Path(out_of(command)).name.partition(".")[0].removesuffix("-probes")
+        if name == "experiments.probes":
+            found[row] = (Path(args["encoder"]).name, args["weights"], args["feature"])
+        elif name == "probe.py":
+            assert args["task"] == "seg3d"
+            found[row.removesuffix("-seg3d")] = Path(args["encoder"]).name
+        elif name == "experiments.distance":
+            assert [Path(one).name for one in args["encoders"]] == [ENCODER, "cd", "twin"]
+    own = {name: (name, None, None) for name in ROWS if name in COMMANDS}
+    assert found == own | {
+        "random": (ENCODER, "random", None), "imagenet": (ENCODER, None, None),
+        "rich": (ENCODER, None, "strides"), "3d": "stage1", "3d-all": "stage1-all",
+        "3d-random": "random-3d", "3d-labels": "labels-3d"}
+
+
+# ---- what is run, and what is kept ---------------------------------------------------------------
+
+def test_the_page_of_all_rows_is_written_and_a_second_start_runs_nothing(everything, monkeypatch):
+    dry, commands = everything
+    kept = dry.kept()
+    assert list(kept["rows"]) == list(ROWS) and all(list(row) == ["5"]
+                                                    for row in kept["rows"].values())
+    assert kept["rows"]["cd"]["5"] == OF_PROBES
+    assert kept["rows"]["3d"]["5"] == {"mIoU": {"full": 30.0}}  # of eval.py's list of one
+    assert kept["rows"]["distance"]["5"] == [3.0, 2.0, 1.0]
+    text = (dry.root / "page.md").read_text()
+    assert "| `3d`: stage 1 on clear pictures | 1 | 30.0 |" in text
+    assert "not run" not in text
+
+    monkeypatch.setattr(runs, "run_command", dry.run)
+    assert dry.main("--seeds", "5", "--pictures", "/data/pictures") == []
+    assert dry.kept() == kept and (dry.root / "page.md").read_text() == text
+
+
+def test_only_what_is_needed_is_made(dry):
+    assert dry.main("--only", "imagenet", "--seeds", "1") and dry.made() == [
+        *CORRUPTIONS, "imagenet-probes.json"]
+    dry.main("--only", "cd", "--seeds", "1")
+    assert dry.made() == ["stage1", "cd", "cd-probes.json"]
+    dry.main("--only", "3d", "twin", "--seeds", "1")
+    assert dry.made() == ["3d-seg3d", "3d-seg3d-table", "twin", "twin-probes.json"]
+    dry.main("--only", "cd", "--seeds", "1", "2")
+    assert dry.made() == ["stage1", "cd", "cd-probes.json"]  # of the other seed, same copies
+    assert all("seed-2" in out_of(command) for command in dry.commands)
+    assert {name: list(row) for name, row in dry.kept()["rows"].items()} == {
+        "imagenet": ["1"], "cd": ["1", "2"], "3d": ["1"], "twin": ["1"]}
+
+
+def test_without_pictures_their_row_is_left_out(dry, capsys):
+    dry.main("--seeds", "1")
+    assert set(dry.kept()["rows"]) == set(ROWS) - {"distance"}
+    line = fails_with_one_line(capsys, lambda argv: dry.main(*argv), ["--only", "distance"])
+    assert line.endswith("--only distance: needs --pictures")
+
+
+def test_results_of_other_frames_are_not_mixed_nor_lost(dry, capsys):
+    dry.main("--only", "imagenet", "--seeds", "1")
+    frames = dry.kept()["frames"]
+    assert frames == {"train": 4, "train_scenes": "001, 002", "val": 2, "val_scenes": VAL}
+    dry.main("--only", "random", "--seeds", "1")
+    assert set(dry.kept()["rows"]) == {"imagenet", "random"}
+    assert "frames of scene 001, 002 teach and 2 of scene\n003 judge" in (
+        dry.root / "page.md").read_text()
+
+    before = dry.kept()
+    with pytest.raises(SystemExit):
+        dry.main("--only", "random", "--seeds", "1", "--val-scenes", "002")
+    assert "choose another name" in capsys.readouterr().err
+    assert dry.kept() == before
+
+
+def test_a_row_that_was_measured_elsewhere_is_not_made_again(dry):
+    dry.main("--only", "imagenet", "--seeds", "1")
+    (dry.root / "runs" / "seed-1" / "done.json").unlink()
+    dry.main("--only", "imagenet", "--seeds", "1")
+    assert dry.made() == []
+    dry.main("--only", "imagenet", "--seeds", "1", "--again")
+    assert dry.made() == ["imagenet-probes.json"]
+
+
+def test_a_run_that_fails_leaves_the_rows_before_it(dry, monkeypatch):
+    def run(command):
+        if "clean_twin" in command:
+            raise SystemExit(2)
+        dry.run(command)
+    monkeypatch.setattr(runs, "run_command", run)
+    with pytest.raises(SystemExit):
+        dry.main("--only", "cd", "twin", "--seeds", "1")
+    assert set(dry.kept()["rows"]) == {"cd"}
+    assert "| `cd`: + collaborative distillation | 1 | 40.0 |" in (
+        dry.root / "page.md").read_text()
+    monkeypatch.setattr(runs, "run_command", dry.run)
+    dry.main("--only", "cd", "twin", "--seeds", "1")
+    assert dry.made() == ["twin", "twin-probes.json"]
+
+
+def test_runs_of_other_scenes_are_refused(dry, tmp_path, panda, capsys):
+    """What was trained on them would be taken for runs of these."""
+    dry.main("--only", "imagenet", "--seeds", "1")
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for name in ("001", "003"):
+        (fewer / name).symlink_to(panda / name)
+    dry.panda = fewer
+    line = fails_with_one_line(capsys, lambda _: dry.main("--only", "imagenet"), [])
+    assert line.endswith(f"--out {tmp_path}/runs: its runs are of other scenes than those of "
+                         f"--data {fewer} now; choose another folder")
+    assert dry.commands == []
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+def test_the_list_has_every_row(capsys):
+    real.main(["--list"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == list(ROWS)
+    for line, row in zip(said, ROWS.values()):
+        assert line.endswith(row.words)
+
+
+def test_bad_input_is_one_line(dry, tmp_path, panda, capsys):
+    def error(*argv):
+        return fails_with_one_line(capsys, real.main, ["--out", str(tmp_path / "runs"), *argv])
+
+    assert "--data is missing: NAME=PATH" in error()
+    two = f"pandaset64={panda},pandasetgt={panda}"
+    assert error("--data", two).endswith(f"--data {two}: one dataset at a time")
+    assert "no such folder" in error("--data", f"pandaset64={tmp_path}/nowhere")
+    assert "not a PandaSet root" in error("--data", f"pandaset64={tmp_path}")
+    assert "--only invalid choice: 'nothing'" in error("--only", "nothing")
+    assert not (tmp_path / "runs").exists() and dry.commands == []
+    assert "--val-scenes 902: no such scene" in error("--data", f"pandaset64={panda}")
+    assert dry.commands == []

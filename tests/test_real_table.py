@@ -1,0 +1,109 @@
+"""The page of the experiment on real frames, of results that are made by hand."""
+from experiments import real_table, reproduce
+from experiments.real import CONDITIONS, ROWS
+
+COLUMNS = ("full", *CONDITIONS)
+FRAMES = {"pictures": False, "train": 80, "train_scenes": "002", "val": 70, "val_scenes": "902"}
+
+
+def page(rows):
+    return real_table.page({"frames": FRAMES, "rows": rows}, ROWS, CONDITIONS)
+
+
+def of_probes(miou, rmse):
+    """What probes.py writes, with the same number in each column."""
+    seg = {"mIoU": dict.fromkeys(COLUMNS, miou),
+           "IoU": {column: {"road": miou, "car": miou} for column in COLUMNS}}
+    depth = {"RMSE": dict.fromkeys(COLUMNS, rmse)}
+    return {"seg-all": seg, "seg-first": seg, "depth-all": depth, "depth-first": depth}
+
+
+def of_seeds(*pairs):
+    """{seed: result} of pairs (mIoU, RMSE)."""
+    return {str(seed): of_probes(*pair) for seed, pair in enumerate(pairs, 1)}
+
+
+def lines_of(text, start):
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_what_it_cannot_show_stands_above_the_first_table():
+    text = page({})
+    assert text.startswith("# Real frames\n")
+    assert text.index("**What this cannot show.** 80 frames of scene 002 teach and 70 of scene\n"
+                       "902 judge.") < text.index("\n|")
+    assert text.count(reproduce.RULE) == 1
+
+
+def test_a_page_without_results_says_not_run_in_every_cell():
+    text = page({})
+    for name, row in ROWS.items():
+        tables = {"probes": 4, "seg3d": 1, "distance": 0}[row.script]
+        found = lines_of(text, f"| `{name}`: ")
+        assert len(found) == tables
+        for line in found:
+            assert line.startswith(f"| `{name}`: {row.words} | 0 | not run |")
+    verdicts = lines_of(text, "| CD is better than") + lines_of(text, "| stage 1 on clear")
+    assert len(verdicts) == 2 * (1 + len(CONDITIONS) + 6) + 1
+    assert all(line.endswith("| not run | – | not run |") for line in verdicts)
+    assert "| 5 | mIoU | 61.1 / 60.0 | not run |" in text
+
+
+def test_means_and_spreads_over_the_seeds_that_were_run():
+    rows = {"cd": of_seeds((50, 7), (52, 7.5)), "imagenet": of_seeds((40, 8.25)),
+            "3d": {"1": {"mIoU": {"full": 31.0}}, "2": {"mIoU": {"full": 33.0}}},
+            "distance": {"1": [3.0, 2.0, 1.0], "2": [3.0, 2.5, 1.0]}}
+    text = page(rows)
+    head = "| mIoU [%], a probe for all conditions | seeds | full | clear | low_light | fog | "
+    assert f"{head}motion_blur | gaussian_noise |" in text
+    words = "| `cd`: + collaborative distillation | 2 |"
+    assert lines_of(text, "| `cd`: ") == 2 * [words + 6 * " 51.0 ± 1.4 |"] + 2 * [
+        words + 6 * " 7.25 ± 0.35 |"]
+    assert lines_of(text, "| `imagenet`: ")[2] == (
+        "| `imagenet`: ImageNet weights | 1 |" + 6 * " 8.25 |")
+    assert lines_of(text, "| `3d`: ") == ["| `3d`: stage 1 on clear pictures | 2 | 32.0 ± 1.4 |"]
+    assert lines_of(text, "| `imagenet` |") == ["| `imagenet` | 3.000 ± 0.000 |"]
+    assert lines_of(text, "| `cd` |") == ["| `cd` | 2.250 ± 0.354 |"]
+
+    # Classes under clear pictures and low light: before, after, and the twin that was not run
+    names = ("imagenet", "cd", "twin")
+    head = [f"{condition}: `{name}`" for condition in ("clear", "low light") for name in names]
+    assert f"| IoU [%], a probe for all conditions | {' | '.join(head)} |" in text
+    assert lines_of(text, "| car |") == [
+        "| car |" + 2 * " 40.0 | 51.0 ± 1.4 | not run |"]
+    assert len(lines_of(text, "| road |")) == 1
+
+
+def test_verdicts_follow_the_rule_on_the_seeds_that_both_have():
+    rows = {"cd": of_seeds((50, 7), (52, 7.5), (90, 1)), "imagenet": of_seeds((40, 6.5), (43, 7)),
+            "twin": of_seeds((50.2, 7)), "labels": of_seeds((20, 9)),
+            "3d": {"1": {"mIoU": {"full": 30.0}}}, "3d-all": {"1": {"mIoU": {"full": 31.0}}}}
+    text = page(rows)
+    better = "| CD is better than the encoder as it was: "
+    assert lines_of(text, f"{better}segmentation, fog |") == [
+        f"{better}segmentation, fog | 1, 2 | mIoU | – | 51.0 ± 1.4 / 41.5 ± 2.1 | "
+        "+9.5 ± 0.7 | holds |"]
+    # A lower RMSE is better
+    assert lines_of(text, f"{better}depth, full |") == [
+        f"{better}depth, full | 1, 2 | RMSE | – | 7.25 ± 0.35 / 6.75 ± 0.35 | "
+        "+0.50 ± 0.00 | does not hold |"]
+    assert lines_of(text, "| CD is better than `twin`, ")[0].endswith(
+        ": segmentation | – | mIoU | – | 50.0 / 50.2 | -0.2 | within noise |")
+    # The paper's pair is of segmentation
+    assert [line.rpartition(", stage 2 with a 3D encoder trained on labels: ")[2]
+            for line in lines_of(text, "| CD is better than `labels`, ")] == [
+        "segmentation | 8 | mIoU | 51.9 / 32.2 | 50.0 / 20.0 | +30.0 | holds |",
+        "depth | 8 | RMSE | – | 7.00 / 9.00 | -2.00 | holds |"]
+    assert lines_of(text, "| stage 1 on clear pictures gives")[0].endswith(
+        "| 5 | mIoU | 61.1 / 60.0 | 30.0 / 31.0 | -1.0 | does not hold |")
+    assert lines_of(text, "| CD is better than `joint`, ")[0].endswith(
+        "| K | mIoU | 51.9 / 38.5 | not run | – | not run |")
+
+
+def test_what_could_not_be_judged_is_no_number():
+    """A column without labels has none (null) in the file of a probe."""
+    rows = {"cd": of_seeds((50, 7), (None, None)), "imagenet": of_seeds((40, 8), (41, 8))}
+    text = page(rows)
+    assert lines_of(text, "| `cd`: ")[0] == (
+        "| `cd`: + collaborative distillation | 2 |" + 6 * " 50.0 |")
+    assert "segmentation, full | 1, 2 | mIoU | – | 50.0 / 40.0 | +10.0 | holds |" in text
