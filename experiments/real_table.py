@@ -162,5 +162,6 @@ def page(measured, rows, conditions):
               points_table(kept, rows)]
     parts += ["## Real nights", distance_table(kept)]
     parts += ["## The paper's comparisons", "The paper's numbers are of nuScenes and DINOv2 "
-              "ViT-S/14: its night stands beside low light. One seed alone has no spread.", verdicts_table(kept, rows, conditions), RULE, ""]
+              "ViT-S/14: its night stands beside low light. One seed alone has no spread.",
+              verdicts_table(kept, rows, conditions), RULE, ""]
     return "\n\n".join(parts)
