@@ -139,3 +139,14 @@ def feature_spread(features, widths=None):
     shares = eigenvalues / variance.clamp(min=1e-6)
     effective_rank = torch.special.entr(shares).sum().exp()
     return {"feature_variance": variance.item(), "effective_rank": effective_rank.item()}
+
+
+def before_stage2(pixel_features, point_features, widths=None):
+    """What to look at before spending stage 2, of a batch: {name: number} for stage 1's log.
+
+    How many directions the points' features use beside those that teach them, and the loss of a
+    constant. docs/results.md says how to read them. Arguments as for `distillation_loss`.
+    """
+    return {"effective_rank": feature_spread(point_features, widths)["effective_rank"],
+            "teacher_rank": feature_spread(pixel_features, widths)["effective_rank"],
+            "constant_loss": constant_loss(pixel_features, widths)}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import models
 from data import Frames, collate, select, set_sampling
-from distill import constant_loss, distillation_loss, feature_spread, sums_by
+from distill import before_stage2, distillation_loss, sums_by
 from plumbing import training
 from plumbing.arguments import COUNT, POSITIVE, RATE, Distinct, Parser, real, whole
 from plumbing.errors import InputError, one_line_errors, say
@@ -199,17 +199,6 @@ def learning_rate(args, step, total, peak):
     return training.cosine(step, total, peak, args.end_lr, min(args.warmup_steps, longest))
 
 
-def worth(pixel_features, point_features, widths):
-    """What to look at before spending stage 2, for a line of the log; of one batch.
-
-    How many directions the points' features use beside those that teach them, and the loss of a
-    constant. docs/results.md says how to read them.
-    """
-    return {"effective_rank": feature_spread(point_features, widths)["effective_rank"],
-            "teacher_rank": feature_spread(pixel_features, widths)["effective_rank"],
-            "constant_loss": constant_loss(pixel_features, widths)}
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 @one_line_errors
@@ -288,7 +277,7 @@ def main(argv=None):
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{lr:.1e}", refresh=False)
         if done % batches.per_epoch == 0 or done == total:
             log.write(epoch=step // batches.per_epoch + 1, step=done, lr=lr,
-                      **worth(*features, teachers.widths))
+                      **before_stage2(*features, teachers.widths))
         if saver.due(done):
             saver.save({
                 "kind": "point_encoder", "backbone": args.backbone, "spec": point_encoder.spec,

@@ -40,6 +40,8 @@ def features_by_condition(encoder, frames, args, device):
         with training.autocast(device, args.precision):
             maps = encoder(batch["image"]).float()        # [B, D, h, w]
         for condition, features in zip(batch["condition"].tolist(), maps.flatten(2)):
+            if condition < 0:  # of a dataset that states none
+                continue
             found[frames.conditions[condition]].append(features.T.double().cpu().numpy())
     return {name: np.concatenate(each) for name, each in found.items() if each}
 
@@ -61,6 +63,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = training.start(args)
     tables = select(open_tables(args.data), "train")
+    stated = [name for table in tables for name in table.conditions]
+    for condition in args.conditions:
+        if condition not in stated:
+            raise InputError(f"--conditions {condition}: --data {args.data} has "
+                             f"{', '.join(stated) or 'none'}")
 
     result = []
     for name in args.encoders:
@@ -68,9 +75,6 @@ def main(argv=None):
         size = args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE)
         frames = Frames(tables, "all", encoder.check_size(size))
         found = features_by_condition(encoder, frames, args, device)
-        for condition in args.conditions:
-            if condition not in found:
-                raise InputError(f"--conditions {condition}: --data has {', '.join(found)}")
         result.append(frechet(*(found[condition] for condition in args.conditions)))
         print(f"{name}: {result[-1]:.3f}", flush=True)
     if args.out:

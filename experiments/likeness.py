@@ -19,9 +19,9 @@ import numpy as np
 
 from plumbing.errors import InputError
 from readers.files import read_image
+from readers.paths import PICTURES
 
 COLUMNS = ("mean", "deviation", "5 %", "50 %", "95 %", "chroma", "noise")
-KINDS = (".jpg", ".jpeg", ".png")  # of files that are taken for pictures
 SHOWN = 4  # images of a row of the picture
 
 
@@ -59,9 +59,9 @@ def pictures_of(folder, size):
     """
     if not Path(folder).is_dir():
         raise InputError(f"--like {folder}: no such folder")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in KINDS)
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
     if not paths:
-        raise InputError(f"--like {folder}: no picture ({', '.join(KINDS)}) in it")
+        raise InputError(f"--like {folder}: no picture ({', '.join(PICTURES)}) in it")
     return [read_image(path, size).numpy() for path in paths]
 
 

@@ -113,7 +113,7 @@ def train_head(task, views, numbers, outputs, args):
     rng = np.random.default_rng(args.seed)
     head = linear_head("whitened", views.maps.shape[1], outputs)
     # Whitened by a part of each view's points
-    some = [views.batch(task, [number], args.points // 8, rng)[0] for number in numbers]
+    some = [views.batch(task, [number], max(1, args.points // 8), rng)[0] for number in numbers]
     head[0].fit(torch.cat(some))
     optimizer = torch.optim.AdamW(head.parameters(), lr=LR[task], weight_decay=1e-4)
     order = training.Batches(len(numbers), args.batch, 0, args.steps, args.seed)
@@ -147,6 +147,20 @@ def judge(task, head, views, conditions, classes, left_out):
     return sums.metrics([number for number in range(len(conditions)) if number in there])
 
 
+def check_conditions(tables, names):
+    """Raise InputError unless validation has these conditions and training the first of them."""
+    for split, needed in (("val", names), ("train", names[:1])):
+        chosen = select(tables, split)
+        # A reader may know conditions of which there is no frame
+        known = dict.fromkeys(name for table in chosen for name in table.conditions)
+        there = {table.conditions[number] for table in chosen if table.conditions
+                 for number in table["condition"][table.rows]}
+        there = [name for name in known if name in there]
+        if needed != (there if split == "val" else there[:1]):
+            raise InputError(f"--conditions {' '.join(names)}: the frames of split {split!r} in "
+                             f"--data have {' '.join(there) or 'none'}")
+
+
 @one_line_errors
 def main(argv=None):
     parser = Parser(__doc__)
@@ -177,19 +191,14 @@ def main(argv=None):
                                         careful=False).to(device)
     image_size = encoder.check_size(
         args.image_size or encoder.spec.get("image_size", models.IMAGE_SIZE))
+    check_conditions(tables, args.conditions)
     of_train, _, _ = views_of(tables, "train", encoder, image_size, args, device)
     of_val, val, conditions = views_of(tables, "val", encoder, image_size, args, device)
-    # A reader may know conditions of which there is no frame
-    occurring = set(of_val.conditions.tolist())
-    there = [name for number, name in enumerate(conditions) if number in occurring]
-    if args.conditions != there:
-        raise InputError(f"--conditions {' '.join(args.conditions)}: the validation frames of "
-                         f"--data have {' '.join(there) or 'none'}")
 
     # ---- heads ----
     result = {"encoder": encoder.fingerprint(), "frames": of_frames(val, True), "seed": args.seed}
     every = range(len(of_train.maps))
-    first = conditions.index(there[0])
+    first = conditions.index(args.conditions[0])
     of_first = [number for number in every if of_train.conditions[number] == first]
     left_out = getattr(val[0].reader, "LEFT_OUT", {})
     for name, numbers in (("all", every), ("first", of_first)):

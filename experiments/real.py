@@ -23,6 +23,7 @@ from plumbing.atomic import read_json, write_json, write_text
 from plumbing.errors import InputError, one_line_errors
 from readers.conditions import FILE
 from readers.table import entries, hold_out, open_tables
+from releases.efficientnet import weights_file
 
 ENCODER = "efficientnet_lite0"
 SEEN = ("low_light", "fog", "motion_blur")  # by stage 2
@@ -147,7 +148,7 @@ class Street(Runs):
 def lay_out(dataset, root, out):
     """A copy of a dataset by links, all of whose scenes are of the condition "clear".
 
-    What gzip has packed is stored unpacked in its format: unpacking is half of a data item's time.
+    What gzip has packed is stored unpacked in its format, as unpacking is much of an item's time.
     Raises InputError where `out` is a copy of other scenes, which runs beside it were made with.
     """
     (table,) = open_tables([(dataset, root)], look=False)
@@ -174,29 +175,38 @@ def lay_out(dataset, root, out):
     return table
 
 
-def places_of(args):
-    """(the fields of the commands, what the page says of the frames).
+def check_pictures(folder):
+    """Raise InputError unless a folder has pictures by day and by night."""
+    (table,) = open_tables([("pictures", folder)], look=False)
+    if not {"day", "night"} <= set(table.conditions):
+        raise InputError(f"--pictures {folder}: needs the folders day and night; it has "
+                         f"{', '.join(table.conditions) or 'none'}")
 
-    The corrupted copies are made first.
-    """
+
+def frames_of(args):
+    """(name of the dataset, what its frames are); lays them out in OUT/clean."""
     found = entries(args.data)
     if len(found) != 1:
         raise InputError(f"--data {args.data}: one dataset at a time")
     (dataset, root), = found
-    clean = Path(args.out, "clean")
-    table = lay_out(dataset, root, clean)
+    table = lay_out(dataset, root, Path(args.out, "clean"))
     hold_out([table], args.val_scenes)
+    frames = {"dataset": dataset}
+    for split in ("train", "val"):
+        of_split = table.select(split)
+        frames |= {split: len(of_split), f"{split}_scenes": ", ".join(of_split.scenes())}
+    return dataset, frames
+
+
+def places_of(args, dataset):
+    """The fields of the commands. The corrupted copies are made first."""
+    clean = Path(args.out, "clean")
     make = {name: f"-m experiments.corruptions make --data {dataset}={clean} --out {{here}} "
             f"--corruption {name} --severity {SEVERITY} --workers 0" for name in CORRUPTIONS}
     copies = Street(Path(args.out, "copies"), 0, {}, make)
     roots = [f"{dataset}={root}" for root in (clean, *map(copies.run, CORRUPTIONS))]
-    places = {"clean": roots[0], "seen": ",".join(roots[:1 + len(SEEN)]), "all": ",".join(roots),
-              "val": " ".join(args.val_scenes), "pictures": args.pictures}
-    frames = {}
-    for split in ("train", "val"):
-        of_split = table.select(split)
-        frames |= {split: len(of_split), f"{split}_scenes": ", ".join(of_split.scenes())}
-    return places, frames
+    return {"clean": roots[0], "seen": ",".join(roots[:1 + len(SEEN)]), "all": ",".join(roots),
+            "val": " ".join(args.val_scenes), "pictures": args.pictures}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -215,8 +225,7 @@ def main(argv=None):
         help="of the trainings (default: 1 2 3)")
     add("--pictures", help="folder with pictures in folders day and night, for the row distance "
         "(default: it is not run)")
-    add("--results", default="results/real", help="the files RESULTS.md, .json (default: "
-        "%(default)s)")
+    add("--results", help="the files RESULTS.md and RESULTS.json (default: OUT/real)")
     add("--again", action="store_true",
         help="make rows that RESULTS.json has of a seed, too (default: they stay as they are)")
     add("--list", action="store_true", help="print the rows and stop")
@@ -230,12 +239,19 @@ def main(argv=None):
     if "distance" in (args.only or ()) and not args.pictures:
         raise InputError("--only distance: needs --pictures")
 
+    # What is wrong is said before hours are spent
     os.chdir(ROOT)
-    places, frames = places_of(args)
+    weights_file()
+    if args.pictures:
+        check_pictures(args.pictures)
+    args.results = args.results or f"{args.out}/real"
+    dataset, frames = frames_of(args)
     kept = read_json(f"{args.results}.json") or {"frames": frames, "rows": {}}
     if kept["frames"] != frames:
         raise InputError(f"--results {args.results}: has rows of {kept['frames']}, and --data has "
                          f"{frames}; choose another name")
+
+    places = places_of(args, dataset)
     for seed in args.seeds:
         street = Street(Path(args.out, f"seed-{seed}"), seed, places)
         for name in args.only or ROWS:

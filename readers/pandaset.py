@@ -149,9 +149,10 @@ def check_cameras(root, folders):
     """Raise InputError where a scene lacks the folder of a camera."""
     for folder in folders:
         if not folder.is_dir():
+            hint = " (of the cameras, --data pandasetgt=PATH needs the front one alone)"
             raise InputError(f"--data {root}: scene {folder.parents[1].name} has no folder camera/"
-                             f"{folder.name}; download the scene again, or take it away (of the "
-                             "cameras, --data pandasetgt=PATH needs the front one alone)")
+                             f"{folder.name}; download the scene again, or take it away"
+                             f"{hint if len(folders) > 1 else ''}")
 
 
 def columns_of(root, cameras):

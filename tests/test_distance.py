@@ -146,7 +146,9 @@ def test_bad_input_is_one_line(pictures, capsys):
         argv = ["--data", f"pictures={pictures}", "--encoders", ENCODER, *argv, *FLAGS]
         return fails_with_one_line(capsys, distance.main, argv)
 
-    assert "--conditions dusk: --data has day, night" in error("--conditions", "day", "dusk")
+    line = error("--conditions", "day", "dusk")
+    assert f"--conditions dusk: --data pictures={pictures} has day, night" in line
+    assert "has none" in error("--data", f"pictures={pictures}/day")  # it states no conditions
     assert "--conditions" in error("--conditions", "day")
     assert "neither a file nor a known encoder" in error("--encoders", "nothing")
     assert "no such folder" in error("--data", f"pictures={pictures}/nowhere")

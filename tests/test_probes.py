@@ -261,6 +261,6 @@ def test_other_conditions_are_one_line(data, of_split, tmp_path, capsys, monkeyp
     out = tmp_path / "a.json"
     for wrong in (["clear"], ["fog", "clear"], ["clear", "rain"], ["clear", "fog", "fog"]):
         line = fails_with_one_line(capsys, lambda _: run(data, out, *wrong), [])
-        assert line.endswith(f"--conditions {' '.join(wrong)}: the validation frames of --data "
+        assert line.endswith(f"--conditions {' '.join(wrong)}: the frames of split 'val' in --data "
                              "have clear fog")
     assert not out.exists()

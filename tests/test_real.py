@@ -109,6 +109,7 @@ def stay():
 def dry(panda, tmp_path, monkeypatch):
     found = Dry(panda, tmp_path)
     monkeypatch.setattr(runs, "run_command", found.run)
+    monkeypatch.setattr(real, "weights_file", lambda: None)  # its package is no requirement
     return found
 
 
@@ -119,6 +120,8 @@ def everything(panda, tmp_path_factory):
     found = Dry(panda, tmp_path_factory.mktemp("real"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "run_command", found.run)
+        patch.setattr(real, "weights_file", lambda: None)
+        patch.setattr(real, "check_pictures", lambda folder: None)
         commands = found.main("--seeds", "5", "--pictures", "/data/pictures")
     return found, commands
 
@@ -240,6 +243,8 @@ def test_the_page_of_all_rows_is_written_and_a_second_start_runs_nothing(everyth
     assert "not run" not in text
 
     monkeypatch.setattr(runs, "run_command", dry.run)
+    monkeypatch.setattr(real, "weights_file", lambda: None)
+    monkeypatch.setattr(real, "check_pictures", lambda folder: None)
     assert dry.main("--seeds", "5", "--pictures", "/data/pictures") == []
     assert dry.kept() == kept and (dry.root / "page.md").read_text() == text
 
@@ -268,10 +273,11 @@ def test_without_pictures_their_row_is_left_out(dry, capsys):
 def test_results_of_other_frames_are_not_mixed_nor_lost(dry, capsys):
     dry.main("--only", "imagenet", "--seeds", "1")
     frames = dry.kept()["frames"]
-    assert frames == {"train": 4, "train_scenes": "001, 002", "val": 2, "val_scenes": VAL}
+    assert frames == {"dataset": "pandaset64", "train": 4, "train_scenes": "001, 002", "val": 2,
+                      "val_scenes": VAL}
     dry.main("--only", "random", "--seeds", "1")
     assert set(dry.kept()["rows"]) == {"imagenet", "random"}
-    assert "frames of scene 001, 002 teach and 2 of scene\n003 judge" in (
+    assert "frames of pandaset64's scenes 001, 002 teach and 2 of\n003 judge" in (
         dry.root / "page.md").read_text()
 
     before = dry.kept()
