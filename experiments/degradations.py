@@ -30,14 +30,14 @@ Dietterich, ICLR 2019) [H]. The code is ours and differs:
 Low light is ours, and not in the paper. A sensor's noise is that of photons counted and of reading
 (Foi et al., IEEE TIP 2008); here it falls on pixels of the size that the encoder sees, each the
 mean of many of the sensor's. From one severity to the next the sensitivity doubles, and with it the
-variance of shot noise and the deviation of read noise. Severity 3 is set [N] so that 150 images of
-PandaSet's scene 002, by day, come near to 16 real nights of nuImages' front camera. This is what
-`python -m experiments.corruptions compare --data pandaset64=DATA --corruption low_light --limit 150
---like DAYS NIGHTS` writes, means over images ± their standard deviation:
+variance of shot noise and the deviation of read noise. Severity 3 is set [N] so that 25 frames
+of PandaSet's scene 002, by day, come near to 16 real nights of nuImages' front camera. Of the first
+18, `python -m experiments.corruptions compare --data pandaset64=DATA --corruption low_light
+--limit 108 --like DAYS NIGHTS` writes this, means over images ± their standard deviation:
 
     of 255           mean    deviation      5 %         50 %         95 %       chroma      noise
-    PandaSet      95.0 ± 5.9 48.1 ± 5.6 36.0 ± 5.5   81.1 ± 9.9 180.4 ± 16.8 19.6 ± 4.5 0.8 ± 0.3
-    severity 3    33.6 ± 3.9 29.9 ± 4.8  3.4 ± 0.8   21.4 ± 5.1  91.2 ± 14.3 15.0 ± 3.0 2.2 ± 0.1
+    PandaSet      95.3 ± 6.0 48.4 ± 5.8 35.7 ± 5.1   81.2 ± 9.9 180.6 ± 16.9 20.3 ± 4.8 0.7 ± 0.2
+    severity 3    33.8 ± 4.0 30.0 ± 4.9  3.3 ± 0.7   21.5 ± 5.1  91.5 ± 14.3 15.6 ± 3.2 2.2 ± 0.1
     real nights   32.7 ± 9.0 30.7 ± 5.4  6.4 ± 3.0   21.1 ± 8.8  93.1 ± 17.2 14.8 ± 3.4 2.1 ± 0.3
     real days    108.5 ± 3.9 46.4 ± 7.1 45.9 ± 12.3 102.9 ± 10.2 205.9 ± 30.8 7.9 ± 3.4 1.1 ± 0.3
 
