@@ -310,7 +310,11 @@ def test_a_second_signal_ends_a_run_that_is_blocked(tmp_path, name, guarded):
     time.sleep(1)
     assert run.poll() is None and len(workers) == 2
     os.kill(workers[0], signal.SIGSTOP)  # this one will not notice that its parent is gone
-    os.kill(run.pid, number)
+    # Where the machine is busy the first may be noticed late, and this one count as the same
+    for _ in range(5):
+        os.kill(run.pid, number)
+        if connection.wait([run.process.sentinel], 2):
+            break
     code, err = run.end()
     assert code == 128 + number and err.strip().endswith(f"ended at once by a second {name}")
 
