@@ -91,6 +91,7 @@ def joint(world, folder, request):
 
 # ---- who learns, and which head there is ---------------------------------------------------------
 
+@pytest.mark.slow
 def test_no_stage1_learns_from_labels_all_but_the_head_that_stage2_finds(labels):
     out, seen = labels
     names = seen["parameters"]

@@ -55,6 +55,7 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
     assert done == ["flushed", last, "flushed", previous, last]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
     """A limit on the size of files is to a writer what a full disk is."""
     args = args_of(tmp_path)

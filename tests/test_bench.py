@@ -114,6 +114,7 @@ def test_data_items_of_the_miniature(world):
         assert_same_image(plain_image_item(images, (0, number)), images[0, number])
 
 
+@pytest.mark.slow
 def test_data_items_of_the_real_keyframe(real):
     tables = one_frame(real, "v1.0-mini")
     frames = Frames(tables, "all", (224, 448), prepare)
@@ -163,6 +164,7 @@ def test_what_is_short_is_repeated_more_often(monkeypatch, taken, repetitions):
     assert bench.repeat([None], torch.device("cpu"), 2) == [[taken]] * repetitions
 
 
+@pytest.mark.slow
 def test_a_row_and_its_differences():
     learner = nn.Linear(3, 2)
     x = torch.randn(5, 3)

@@ -18,6 +18,8 @@ from plumbing import run_folder
 from plumbing.training import to_device
 from readers.table import open_tables
 
+pytestmark = pytest.mark.slow
+
 SIZE = (40, 80)
 
 
@@ -139,7 +141,6 @@ def built(monkeypatch):
     return found
 
 
-@pytest.mark.slow
 def test_two_steps_write_an_encoder_and_leave_the_teacher(street, first, tmp_path, built):
     out = run(street, first, tmp_path / "twin", ["clean", "fog"])
     encoder, trained = image_encoder(), load_image_encoder(str(out))
@@ -164,7 +165,6 @@ def test_two_steps_write_an_encoder_and_leave_the_teacher(street, first, tmp_pat
     assert largest_difference(checkpoint_of(again)["model"], content["model"]) == 0
 
 
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_teacher_of_its_beginning(street, first, tmp_path,
                                                                  monkeypatch):
     whole = run(street, first, tmp_path / "whole", ["clean", "fog"])
@@ -183,7 +183,6 @@ def test_a_stopped_run_goes_on_with_the_teacher_of_its_beginning(street, first, 
     assert largest_difference(checkpoint_of(parts)["model"], checkpoint_of(whole)["model"]) == 0
 
 
-@pytest.mark.slow
 def test_clean_data_alone_change_nothing(street, first, tmp_path):
     out = run(street, first, tmp_path / "twin", ["clean", "same"], "--weight-decay", "0")
     assert [line["loss"] for line in lines(out) if "loss" in line] == [0]
@@ -191,7 +190,6 @@ def test_clean_data_alone_change_nothing(street, first, tmp_path):
     assert largest_difference(checkpoint_of(out)["model"], before) == 0
 
 
-@pytest.mark.slow
 def test_other_frames_are_refused_in_one_line(street, panda, first, tmp_path, capsys):
     def error(*names, more=()):
         def refused(argv):

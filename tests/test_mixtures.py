@@ -74,6 +74,7 @@ def test_a_mixture_is_not_one_of_its_parts(both, world, first, tmp_path, capsys)
     assert "s1: finished, at step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_limit_holds_for_all_of_them(both, tmp_path):
     stage1.main(stage1_args(both, tmp_path / "s1", "--steps", "1", "--limit", "3"))
     assert checkpoint_of(tmp_path / "s1")["made_from"]["frames"]["frames"] == 3
@@ -206,6 +207,7 @@ def test_what_a_dataset_lacks_is_one_line(images, world, first, second, tmp_path
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_probe_is_not_judged_on_other_classes(images, world, second, tmp_path, capsys):
     for name, data, task in (("points", world, "seg"), ("pixels", f"nuimages={images}", "seg"),
                              ("depth", world, "depth")):

@@ -33,6 +33,7 @@ def test_the_table_has_the_encoders_of_the_paper_s_tables():
     assert ENCODERS["dinov3_vith16plus"].dim == 1280
 
 
+@pytest.mark.slow
 def test_models_py_prints_the_table():
     done = subprocess.run([sys.executable, "models.py"], cwd=ROOT, capture_output=True, text=True,
                           check=True)

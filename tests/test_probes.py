@@ -18,6 +18,8 @@ from experiments.real import lay_out
 from models import load_image_encoder
 from readers.table import open_tables
 
+pytestmark = pytest.mark.slow
+
 ENCODER = str(ROOT / "miniature/encoder.pth")
 SIZE = (40, 80)
 FLAGS = ["--image-size", *map(str, SIZE)]
@@ -195,7 +197,6 @@ def test_a_head_is_judged_as_by_eval(data, task, tmp_path):
     assert abs(first["clear"] - first["fog"]) > 0.001  # else the columns could change places
 
 
-@pytest.mark.slow
 def test_a_dataset_s_own_conditions_and_what_they_leave_out(world, tmp_path):
     """At night some classes are no part of nuScenes' mean."""
     own, theirs = judged_by_both(str(world), "seg", tmp_path / "probe")
@@ -227,7 +228,6 @@ def trained(monkeypatch):
     return found
 
 
-@pytest.mark.slow
 def test_four_probes_and_the_same_again(data, tmp_path, trained):
     result = run(data, tmp_path / "a.json", "clear", "fog")
     four = ["seg-all", "depth-all", "seg-first", "depth-first"]
@@ -246,7 +246,6 @@ def test_four_probes_and_the_same_again(data, tmp_path, trained):
     assert run(data, tmp_path / "b.json", "clear", "fog") == result
 
 
-@pytest.mark.slow
 def test_conditions_of_which_there_is_no_frame_are_no_columns(world, tmp_path, trained):
     """nuScenes knows three conditions, though all scenes are under a fourth one here."""
     lay_out("nuscenes", world, tmp_path / "clean")

@@ -234,6 +234,7 @@ def test_given_draws_decide_which_branches_are_dropped():
     torch.testing.assert_close(found[12:], model.features(batch)[12:])
 
 
+@pytest.mark.slow
 def test_deep_random_model_is_alive_and_trains():
     model = WaffleIron(channels=16, depth=48, out_channels=4, grids=GRIDS)
     cloud = random_cloud(60)

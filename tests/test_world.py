@@ -61,6 +61,7 @@ def layouts():
     return found
 
 
+@pytest.mark.slow
 def test_devkit_reads_the_categories(nusc, capsys):
     nusc.list_lidarseg_categories()
     assert "flat.driveable_surface" in capsys.readouterr().out
@@ -283,6 +284,7 @@ def test_refusals(tmp_path, wrong, flag):
     assert not (tmp_path / "world").exists()
 
 
+@pytest.mark.slow
 def test_command_line_refuses_in_one_line(tmp_path):
     script = Path(__file__).resolve().parent.parent / "miniature/world.py"
     command = [sys.executable, str(script), "--out", str(tmp_path / "world"), "--val", "60"]
