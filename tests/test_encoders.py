@@ -78,6 +78,7 @@ def error_of(world, tmp_path, capsys, *more):
 # ---- each row of the table -----------------------------------------------------------------------
 
 # One encoder as wide as ViT-g will do: the one without registers.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [row for row in ROWS if row.values[0] != "dinov2_vitg14_reg"])
 def test_in_stage2_out(name, world, tmp_path, monkeypatch):
     row = shrink(monkeypatch, name)

@@ -191,6 +191,7 @@ def test_bf16_is_near_fp32(world, first, second, tmp_path):
 
 # ---- stopped and resumed -------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["stage1", "stage2", "probe", "finetune"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(
         world, first, second, tmp_path, script, monkeypatch):
