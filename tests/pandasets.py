@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from runs import open_one
 from scipy.spatial.transform import Rotation
 
+from experiments.real import lay_out
 from miniature.pandaset_files import DTYPE, SLICE, Made, frame_of, pickled, write_frame
 from plumbing.errors import InputError
 from readers.pandaset import CAMERAS
@@ -16,6 +18,16 @@ from readers.pickles import POINTS, read_frame
 FLOATS = Made(DTYPE, ("f8", 0, 1), (3, "<", None, None, None, -1, -1, 0))
 OBJECTS = Made(DTYPE, ("O8", 0, 1), (3, "|", None, None, None, -1, -1, 63))
 SIZES = [(90, 160), (60, 100), (72, 128), (48, 64), (90, 120), (54, 96)]  # of the six cameras
+
+
+def laid_out(panda, out):
+    """A miniature PandaSet as experiments/real.py lays it out.
+
+    Both tables are cached by this process, which is sooner.
+    """
+    open_one(panda, name="pandaset64")
+    lay_out("pandaset64", panda, out)
+    open_one(out, name="pandaset64")
 
 
 # ---- pickles -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from pandasets import laid_out
 from runs import (checkpoint_of, fails_with_one_line, largest_difference, lines, open_one,
                   stage1_args, stage2_args)
 
@@ -12,7 +13,6 @@ from data import Frames, collate, select
 from distill import distillation_loss
 from experiments import clean_twin, corruptions
 from experiments.clean_twin import Twins, WithTwin
-from experiments.real import lay_out
 from models import load_image_encoder
 from plumbing import run_folder
 from plumbing.training import to_device
@@ -40,9 +40,7 @@ def make(root, name, corruption):
 def street(panda, tmp_path_factory):
     """Folder of the scenes with labels: "clean", a foggy copy, and one in which nothing changed."""
     root = tmp_path_factory.mktemp("street")
-    open_one(panda, name="pandaset64")  # each table is cached by this process, which is sooner
-    lay_out("pandaset64", panda, root / "clean")
-    open_one(root / "clean", name="pandaset64")
+    laid_out(panda, root / "clean")
     make(root, "fog", "fog")
     make(root, "same", "clean")
     return root

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from pandasets import laid_out
 from runs import fails_with_one_line, open_one, probe_args
 
 import eval as evaluation
@@ -101,9 +102,7 @@ def test_most_limits_the_points_of_each_view_by_draws_that_can_be_repeated():
 def data(panda, tmp_path_factory):
     """--data of the scenes with labels under "clear", and of a foggy copy."""
     root = tmp_path_factory.mktemp("street")
-    open_one(panda, name="pandaset64")  # each table is cached by this process, which is sooner
-    lay_out("pandaset64", panda, root / "clean")
-    open_one(root / "clean", name="pandaset64")
+    laid_out(panda, root / "clean")
     corruptions.main(["make", "--data", f"pandaset64={root}/clean", "--out", f"{root}/fog",
                       "--corruption", "fog", "--severity", "5", "--workers", "0", *FLAGS])
     open_one(root / "fog", name="pandaset64")
