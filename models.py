@@ -101,8 +101,8 @@ ENCODERS = {row.name: row for row in (
         packaged=efficientnet.weights_file),
     Row("ibot_vitl16", "bytedance/ibot", 16, LARGE | DINO16, "Apache-2.0",
         entry=None, url=IBOT_FILE),
-    Row("clip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "norm",
-        entry="ViT_B_16", normalization=CLIP, released_name=clip_name),
+    Row("clip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "norm", entry="ViT_B_16",
+        normalization=CLIP, released_name=clip_name),
     Row("maskclip_vitb16", "openai/CLIP", 16, BASE | CLIP16, "MIT", "projected", entry="ViT_B_16",
         normalization=CLIP, released_name=clip_name, network=MaskCLIP),
     Row("depth_anything_v2_vits", DEPTH_REPO, 14, SMALL | DINOV2, "Apache-2.0",
@@ -115,6 +115,8 @@ ENCODERS = {row.name: row for row in (
     Row("vit_small8", "built-in", 8, SMALL | DINO8, "-"),
     Row("vit_small14", "built-in", 14, SMALL | dict(grid=(16, 16)), "-"),
     Row("vit_small16", "built-in", 16, SMALL | DINO16, "-"),
+    Row("vit_small32", "built-in", 32, SMALL | dict(grid=(7, 7)), "-"),
+    Row("vit_base16", "built-in", 16, BASE | DINO16, "-"),
     Row("vit_mini8", "built-in", 8, dict(dim=96, depth=4, heads=4, hidden=288, grid=(10, 20)),
         "MIT", "norm"),
 )}
@@ -224,8 +226,7 @@ def encoder_of(checkpoint, path, feature=None):
     row = _row(spec["name"])
     backbone = _architecture(row)
     load_strictly(backbone, checkpoint["model"], path)
-    spec = {"name": row.name, "feature": _feature(row, feature or spec["feature"]),
-            "image_size": spec["image_size"]}
+    spec = spec | {"name": row.name, "feature": _feature(row, feature or spec["feature"])}
     return ImageEncoder(backbone, spec).eval()
 
 
@@ -267,9 +268,8 @@ def _row(name):
 
 
 def _feature(row, feature):
-    possible = row.network.FEATURES
-    if feature not in possible:
-        raise InputError(f"--feature {feature}: {row.name} has {', '.join(possible)}")
+    if feature not in row.network.FEATURES:
+        raise InputError(f"--feature {feature}: {row.name} has {', '.join(row.network.FEATURES)}")
     return feature
 
 

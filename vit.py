@@ -215,9 +215,23 @@ class Block(nn.Module):
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
-    def forward(self, x, rotation=None):
-        x = x + self.ls1(self.attn(self.norm1(x), rotation))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def forward(self, x, rotation=None, keep=None):
+        """Tokens [B, T, D] to the same; keep [2, B]: factors of the branches, see `survivors`."""
+        branch = self.ls1(self.attn(self.norm1(x), rotation))
+        x = x + (branch if keep is None else branch * keep[0, :, None, None])
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if keep is None else branch * keep[1, :, None, None])
+
+
+def survivors(draws, rate):
+    """Stochastic depth (Huang et al., ECCV 2016): which branches an image keeps, as factors.
+
+    draws: [L, 2, B] in [0, 1), of L blocks, their two branches and B images.
+    rate: of leaving out a branch of the last block; it rises linearly from 0 at the first.
+    Returns: [L, 2, B], 0 or 1 / (1 - the block's rate), so that the mean over the draws is 1.
+    """
+    rates = torch.linspace(0, rate, len(draws), device=draws.device)[:, None, None]
+    return (draws >= rates) / (1 - rates)
 
 
 # ---- the transformer -----------------------------------------------------------------------------
@@ -307,30 +321,32 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)
         return self.norm_pre(x)
 
-    def before_last(self, images):
+    def before_last(self, images, keep=None):
         """The tokens [B, T, D] that the last block takes, and the patches' rotation if there is."""
+        keep = [None] * len(self.blocks) if keep is None else keep
         h, w = (side // self.patch_size for side in images.shape[2:])
         rotation = self.rope_embed(h, w) if self.grid is None else None
         x = self.embed(images)
-        for block in self.blocks[:-1]:
+        for block, factors in zip(self.blocks[:-1], keep):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, use_reentrant=False)
+                x = checkpoint(block, x, rotation, factors, use_reentrant=False)
             else:
-                x = block(x, rotation)
+                x = block(x, rotation, factors)
         return x, rotation
 
-    def tokens(self, images, feature):
+    def tokens(self, images, feature, keep=None):
         """Normalised images [B, 3, H, W] to the last block's tokens [B, T, D], in `embed`'s order.
 
         feature: "prenorm", its output; "norm", its output after the final LayerNorm; "keys", its
         attention's keys, before any rotation (what ScaLR takes from DINO).
+        keep: factors [depth, 2, B] of the blocks' branches, of `survivors`; default: all are 1.
         """
-        x, rotation = self.before_last(images)
+        x, rotation = self.before_last(images, keep)
         # The last block apart: its attention's keys are features too
         last = self.blocks[-1]
         if feature == "keys":
             return last.attn.qkv(last.norm1(x)).chunk(3, -1)[1]
-        x = last(x, rotation)
+        x = last(x, rotation, None if keep is None else keep[-1])
         return self.norm(x) if feature == "norm" else x
 
     def feature_map(self, images, feature):

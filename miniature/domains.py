@@ -7,6 +7,7 @@ A domain is a dict; `world.py` fills in the options that are not given from its 
     unlabelled  so many more training scenes have no labels
     often       where its streets differ from `street.OFTEN`
     cameras     {channel: yaw, degrees; x, y, z on the vehicle, m}
+    tint        of its cameras: factors of red, green and blue; without it 1
     wide        {channel: tangent of half its horizontal field of view}; without it 1, 90 degrees
     late        when a camera takes its picture: seconds after the scan, seconds per degree of yaw
     lidars      {channel: LiDAR}, the one that turns first
@@ -19,6 +20,9 @@ which an echo gets weaker by a factor e), and the law by which an echo becomes i
 are of the options.
 """
 import numpy as np
+
+from miniature.street import (BUS, CAR, MANMADE, PEDESTRIAN, ROAD, SIDEWALK, TERRAIN, TRUCK,
+                              VEGETATION)
 
 CONDITIONS = ("day-clear", "day-rain", "night")
 SENSORS = dict(image_size=[80, 160], beams=32, azimuths=180, lidar_fov=100., cameras=1)
@@ -88,8 +92,25 @@ SEMANTICPOSS = dict(
     refused=dict(cameras="it has no pictures", image_size="it has no pictures"),
     defaults=dict(AROUND, beams=40, cameras=0))
 
+# Cityscapes: old towns. Tall plastered houses, a narrow lens, greenish pictures
+CITYSCAPES = dict(
+    place=4, conditions=("day-clear",), unlabelled=0, late=(0., 0.), tint=(.72, .86, .70),
+    often=dict(lanes=.3, parking=.7, sidewalk=.9, parked_big=.1, parked=.7, driving=.4,
+               jaywalkers=.2, barriers=.1, groups=.8, group=(2, 5), lamps=.8, signs=.9, hedges=.1,
+               trees=.9, high=(9, 19), gables=.9, drivers="car car car car truck bus",
+               paints={
+                   ROAD: "slate slate dark", SIDEWALK: "slate grey dark rose",
+                   TERRAIN: "pine moss moss brown", VEGETATION: "pine pine moss brown",
+                   MANMADE: "cream cream ochre ochre rose rose white brick",
+                   CAR: "black black slate dark grey white blue", TRUCK: "slate blue ochre cream",
+                   BUS: "cream rose ochre", PEDESTRIAN: "black slate dark rose cream"}),
+    cameras={"left": (0, 1.70, .10, 1.22)}, wide={"left": .4526}, lidars={},
+    refused=dict(dict.fromkeys(("beams", "azimuths", "lidar_fov"), "it has no LiDAR"),
+                 cameras="it has one camera"),
+    defaults=dict(SENSORS, train=[360, 0, 0], val=70, frames=1))
+
 DOMAINS = dict(nuscenes=NUSCENES, nuimages=NUSCENES, semantickitti=SEMANTICKITTI,
-               pandaset=PANDASET, semanticposs=SEMANTICPOSS)
+               pandaset=PANDASET, semanticposs=SEMANTICPOSS, cityscapes=CITYSCAPES)
 
 
 def domain_of(options):

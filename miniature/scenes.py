@@ -70,6 +70,7 @@ def plan_scene(options, split, number, condition, vehicle=None):
     # what they do not share: weather and time
     rng = np.random.default_rng([*seed, 1 + CONDITIONS.index(condition)])
     weather = draw_weather(rng, condition)
+    weather["exposure"] = weather["exposure"] * np.float32(domain.get("tint", 1))
     day, slot = divmod(number + 700 * (split == "val"), 20)
     start = datetime(2018, 7, 2, 20 if condition == "night" else 11, tzinfo=SINGAPORE)
     start += timedelta(days=day, minutes=8 * slot, microseconds=int(rng.integers(60_000_000)))

@@ -30,6 +30,7 @@ TERRAIN = CATEGORIES.index("flat.terrain")
 MANMADE = CATEGORIES.index("static.manmade")
 VEGETATION = CATEGORIES.index("static.vegetation")
 BOX, ELLIPSOID, CYLINDER, GROUND = range(4)  # a thing's shape
+POLE, SIGN = 1, 2  # parts of what is manmade; 0: a building
 
 # What a thing has besides its place and half size.
 LOOK = dict(
@@ -40,13 +41,16 @@ LOOK = dict(
     grain=.1, scale=.3,  # strength and period (m) of the noise on the colour
     glow=0., wheel=0., lights=0.,  # share of cells lit at night; wheels' radius, m; has tail lights
     echo=40., rough=0.,  # mean LiDAR intensity; spread of the LiDAR's range, m
+    part=0,  # of what is manmade
     front=0., back=0., side=0.)  # m that this side moves inwards per m of height
 PAINT = {
     "grey": (.52, .52, .52), "light": (.72, .71, .69), "dark": (.30, .30, .32),
     "white": (.88, .88, .86), "black": (.14, .14, .15), "beige": (.72, .65, .52),
     "brick": (.58, .34, .27), "brown": (.44, .35, .26), "green": (.30, .46, .22),
     "olive": (.42, .45, .26), "moss": (.22, .34, .20), "blue": (.27, .37, .58),
-    "red": (.64, .20, .17), "yellow": (.80, .68, .25), "orange": (.76, .46, .18)}
+    "red": (.64, .20, .17), "yellow": (.80, .68, .25), "orange": (.76, .46, .18),
+    "cream": (.86, .80, .66), "ochre": (.74, .58, .32), "rose": (.76, .54, .50),
+    "slate": (.24, .28, .33), "pine": (.14, .24, .18)}
 CHOICES = {  # the paints of a class; repeats are weights
     ROAD: "grey grey dark dark brown",
     SIDEWALK: "grey light beige brick olive dark",
@@ -66,6 +70,8 @@ OFTEN = dict(  # how often there is what, in nuScenes' streets; `domains.py` has
     # shares of blocks: with barriers, a group of pedestrians, a lamp, a sign, a hedge, no building
     barriers=.55, groups=.6, lamps=.7, signs=.5, hedges=.3, gaps=0.,
     group=(2, 6), plants=1, trees=.55,  # pedestrians a group; a factor of plants, trees among them
+    # buildings: height, m, share with a gable; {class: paints in the place of CHOICES}
+    high=(3.5, 12), gables=.45, paints={},
     # which vehicles park, drive and wait at a crossing; repeats are weights
     big="truck bus", drivers="car car car truck truck bus", waiting="car truck bus")
 
@@ -131,7 +137,7 @@ class Street(Ground):
 
     def paint(self, kind, name=None):
         """A colour [3] of this class, or a shade of the paint `name`."""
-        name = name or self.pick(CHOICES[kind].split())
+        name = name or self.pick((CHOICES | self.often["paints"])[kind].split())
         brightness = self.rng.uniform(.82, 1.15)
         tint = self.rng.normal(0, .025, 3)
         return np.clip(np.array(PAINT[name]) * brightness + tint, .03, .95)
@@ -245,14 +251,14 @@ class Street(Ground):
         if not self.free(x, across, long / 2, deep / 2):
             return
         rng = self.rng
-        high = rng.uniform(3.5, 12)
+        high = rng.uniform(*self.often["high"])
         ink = self.paint(MANMADE, self.pick(["black", "dark", "blue", "light"]))
         color = self.paint(MANMADE)
         windows = dict(ink=ink, pu=rng.uniform(1.8, 3.2), pv=rng.uniform(2.4, 3.2),
                        fu=rng.uniform(.35, .7), fv=rng.uniform(.4, .6), v0=.7, glow=.35)
         self.add(MANMADE, BOX, (x, across, 0), (long, deep, high), color=color, grain=.12,
                  scale=rng.uniform(.15, .6), echo=rng.uniform(34, 44), **windows)
-        if rng.random() < .45:
+        if rng.random() < self.often["gables"]:
             gable = (long + .6, deep + .6, deep * .35)
             self.add(MANMADE, BOX, (x, across, high), gable, side=1.2, pu=40, pv=.5, fu=1, fv=.25,
                      color=self.paint(MANMADE), ink=self.paint(MANMADE, "dark"), echo=38)
@@ -268,7 +274,8 @@ class Street(Ground):
             self.add(MANMADE, CYLINDER, (x, across, 0), (.14, .14, 2.4), **metal)
             color = self.paint(MANMADE, self.pick(["red", "blue", "yellow"]))
             band = dict(ink=self.paint(MANMADE, "white"), pu=3, pv=9, fu=1, fv=1, v0=.3, v1=.5)
-            self.add(MANMADE, BOX, (x, across, 2.), (.08, .8, .8), color=color, echo=70, **band)
+            self.add(MANMADE, BOX, (x, across, 2.), (.08, .8, .8), color=color, echo=70, part=SIGN,
+                     **band)
 
     # ---- filling one block of one side
     def corner(self, block, side):
@@ -324,7 +331,7 @@ class Street(Ground):
             for _ in range(rng.integers(*often["group"])):
                 self.pedestrian(x + rng.normal(0, 1.2), across + rng.normal(0, .5))
         across = sign * (edge + .5)
-        metal = dict(color=self.paint(MANMADE, "grey"), echo=62, grain=.05)
+        metal = dict(color=self.paint(MANMADE, "grey"), echo=62, grain=.05, part=POLE)
         if rng.random() < often["lamps"]:
             self.lamp_post(start + rng.uniform(1, 19), across, sign, metal)
         if rng.random() < often["signs"]:

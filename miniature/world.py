@@ -12,7 +12,8 @@ colour, contrast, haze) more than in content.
 
 Everything in a scene is a function of the seed, its split, its number and its condition, so the
 same arguments give the same bytes. The three scenes of a validation layout share street and poses.
-SemanticKITTI, PandaSet and SemanticPOSS have other streets and other sensors, and clear days only.
+SemanticKITTI, PandaSet, SemanticPOSS and Cityscapes have other streets and other sensors, and clear
+days only.
 
 `ground.py` and `street.py` say what stands in a street; `rays.py`, `shading.py` and `optics.py` how
 the sensors see it; `scenes.py` where the ego drives and when; `domains.py` what differs between the
@@ -28,8 +29,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where it is run as a script
-from miniature import (nuimages_tables, nuscenes_tables, pandaset_scenes,  # noqa: E402
-                       semantickitti_sequences, semanticposs_sequences)
+from miniature import (cityscapes_files, nuimages_tables, nuscenes_tables,  # noqa: E402
+                       pandaset_scenes, semantickitti_sequences, semanticposs_sequences)
 from miniature.domains import CONDITIONS, DOMAINS, domain_of  # noqa: E402
 from plumbing.arguments import COUNT, SEED, WORKERS, Parser, real, whole  # noqa: E402
 from plumbing.errors import InputError, one_line_errors  # noqa: E402
@@ -37,9 +38,10 @@ from plumbing.errors import InputError, one_line_errors  # noqa: E402
 FORMAT = 1  # of the content: count up when the same arguments give other bytes
 LAYOUTS = {"nuscenes": nuscenes_tables, "nuimages": nuimages_tables,
            "semantickitti": semantickitti_sequences, "pandaset": pandaset_scenes,
-           "semanticposs": semanticposs_sequences}
+           "semanticposs": semanticposs_sequences, "cityscapes": cityscapes_files}
 # what an unfinished world may consist of
-FOLDERS = ("samples", "lidarseg", "maps", "v1.0-*", "dataset", "[0-9][0-9][0-9]")
+FOLDERS = ("samples", "lidarseg", "maps", "v1.0-*", "dataset", "[0-9][0-9][0-9]", "leftImg8bit",
+           "gtFine")
 
 
 # ---- arguments -----------------------------------------------------------------------------------
@@ -202,8 +204,8 @@ def main():
     add("--out", required=True, help="folder of the dataset")
     add("--dataset", choices=tuple(LAYOUTS), default="nuscenes",
         help="nuscenes: v1.0-trainval. nuimages: v1.0-train and v1.0-val, pictures with masks of "
-             "objects and road. semantickitti, pandaset, semanticposs: as they are downloaded "
-             "(default: nuscenes)")
+             "objects and road. semantickitti, pandaset, semanticposs, cityscapes: as they are "
+             "downloaded (default: nuscenes)")
     add("--seed", type=SEED, default=1, help="another seed is another world (default 1)")
     add("--train", type=whole(0), nargs=3, metavar=("DAY", "RAIN", "NIGHT"),
         help="training scenes per condition, of nuScenes at most 700 in all; of datasets that "

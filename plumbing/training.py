@@ -20,14 +20,14 @@ from plumbing.endings import Loader, allow_open_files, obey_second_signal
 from plumbing.errors import InputError
 
 
-def add_arguments(parser, out_required=True):
-    """The flags that all training scripts share."""
+def add_arguments(parser, out_required=True, versions=None):
+    """The flags that all training scripts share; versions: "+" where several can be given."""
     add = parser.add_argument
     # data and folder
     add("--data", required=True,
         help="NAME=PATH, several with commas between; NAME is a file of readers/ (a bare path: "
              "nuscenes)")
-    add("--version",
+    add("--version", nargs=versions,
         help="version folder of nuScenes or nuImages (default: v1.0-trainval; v1.0-train and "
              "v1.0-val)")
     add("--out", required=out_required,
@@ -136,6 +136,20 @@ def sum_over_processes(tensor):
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_rows(rows):
+    """The rows [n, ...] of all processes, the first one's first; n may differ. All must call it."""
+    if world() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    # All send as many rows as the longest has
+    padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
+    padded[:len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded)
+    return torch.cat([part[:int(count)] for part, count in zip(everyone, counts)])
 
 
 def share(count, device):
@@ -267,6 +281,6 @@ def to_device(batch, device):
         if isinstance(value, dict):
             value = to_device(value, device)
         moved[name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-    if "image" in moved:
-        moved["image"] = moved["image"].float() / 255
+    for name in moved.keys() & {"image", "local"}:  # local: small crops (s3pt/crops.py)
+        moved[name] = moved[name].float() / 255
     return moved

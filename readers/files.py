@@ -149,10 +149,22 @@ def read_labels(path, coarse, count=None):
 def read_image(path, size, raw_size=None):
     """The image, bilinearly resized with antialiasing to `size` = (H, W): uint8 [3, H, W].
 
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its resolution, the smallest that is still 1.5
+    times `size`. This is faster and gives nearly the same picture (experiments/bench.py prints how
+    nearly). raw_size and errors: see `decoded`.
+    """
+    image = decoded(path, (3 * size[0] // 2, 3 * size[1] // 2), raw_size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
+    # This is PIL's bilinear resize to one level of 255, and faster
+    small = F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)
+    return small[0]
+
+
+def decoded(path, least, raw_size=None):
+    """The image in Pillow's RGB; a JPEG at 1/2, 1/4 or 1/8 if that still has `least` = (H, W).
+
     raw_size: (H, W) that it must have, or None. Raises InputError for another size, for anything
-    but 8-bit RGB or grey, and for damage. A large JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    resolution, the smallest that is still 1.5 times `size`. This is faster and gives nearly the
-    same picture (experiments/bench.py prints how nearly).
+    but 8-bit RGB or grey, and for damage.
     """
     content = read_bytes(path)
     try:
@@ -164,11 +176,14 @@ def read_image(path, size, raw_size=None):
             if image.mode not in MODES:
                 raise InputError(f"{path}: an image of mode {image.mode}, not 8-bit RGB; its "
                                  f"colours would be guessed. Convert it, or {AGAIN}")
-            image.draft("RGB", (3 * size[1] // 2, 3 * size[0] // 2))
+            image.draft("RGB", (least[1], least[0]))
             if image.format in ("JPEG", "MPO") and can_be_watched():  # MPO: a JPEG and others
                 decode_jpeg(image, content)
-            image = image if image.mode == "RGB" else image.convert("RGB")
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, H, W]
+            image.load()
+            if image.format == "PNG":  # decoding compares no checksums
+                with Image.open(io.BytesIO(content)) as again:
+                    again.verify()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -177,10 +192,6 @@ def read_image(path, size, raw_size=None):
     except Exception as error:  # a damaged file can raise nearly anything
         reason = f"{path}: not a readable image ({error}); {AGAIN}".replace("\n", " ")
         raise InputError(reason) from None
-
-    # This is PIL's bilinear resize to one level of 255, and faster
-    small = F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)
-    return small[0]
 
 
 def labelled_pixels(labels, size):

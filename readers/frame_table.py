@@ -68,7 +68,7 @@ class FrameTable:
         return self.reader.labels(self.path("labels", frame), count)
 
     def select(self, split, conditions=None, percent=100, skip_bad=False):
-        """The frames of a split under these conditions (default: all).
+        """The frames of a split, or of "all", under these conditions (default: all).
 
         percent: only every (100 / percent)-th scene of the split counts, in the order of the
         dataset's own table. This is what SLidR's public loader does: 1 % are the 100th, 200th, ...
@@ -77,7 +77,7 @@ class FrameTable:
         conditions is taken whole; conditions that it does not know are another dataset's.
         Raises InputError if there is no such frame and, unless skip_bad, if one of them is bad.
         """
-        of_split = self["split"][self.rows] == split.encode()
+        of_split = (self["split"][self.rows] == split.encode()) | (split == "all")
         rows = self._share(self.rows[of_split], split, 100 // percent)
         if conditions is not None and self.conditions:
             numbers = [number for number, name in enumerate(self.conditions) if name in conditions]
@@ -180,7 +180,8 @@ class FrameTable:
         unlabelled = np.count_nonzero(paths[self.rows] == b"")
         if unlabelled:
             raise InputError(f"--data {self.root}: {unlabelled} of {len(self)} frames have no "
-                             "labels; they may be in an archive of their own (nuScenes: lidarseg)")
+                             "labels; they may be in an archive of their own (nuScenes: "
+                             "lidarseg; Cityscapes: gtFine_trainvaltest.zip)")
 
     def summary(self):
         """The counts per split and condition as a printable table, and the dataset's notes."""

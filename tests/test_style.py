@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (
-    "", "plumbing", "readers", "releases", "experiments", "miniature", "tests")
+    "", "plumbing", "readers", "releases", "s3pt", "experiments", "miniature", "tests")
     for path in (ROOT / folder).glob("*.py"))
-LEARNERS = [name for name in FILES if name.startswith("readers/") or "/" not in name]
+LEARNERS = [name for name in FILES if name.startswith(("readers/", "s3pt/")) or "/" not in name]
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER)
 

@@ -6,7 +6,7 @@ from conftest import ROOT
 from torch import nn
 
 from releases.clip import clip_name
-from vit import MaskCLIP, RotaryPositions, ViT, interpolate_positions, rotate
+from vit import Block, MaskCLIP, RotaryPositions, ViT, interpolate_positions, rotate, survivors
 
 # Random weights of the published names, images, and what published code gives for them: PyPI's
 # dinov2 0.0.1.dev2 (Meta's code) and clip-anytorch 2.6.0 (OpenAI's). DINOv2's images have another
@@ -203,3 +203,52 @@ def test_masked_key_bias_and_registers():
     with torch.no_grad():
         vit.storage_tokens *= -1
     assert not torch.allclose(vit.feature_map(images, "prenorm"), before)
+
+
+# ---- stochastic depth ----------------------------------------------------------------------------
+
+def test_a_block_whose_branches_are_left_out_is_not_there():
+    torch.manual_seed(0)
+    model = ViT(8, 16, 3, 2, grid=(2, 2))
+    images = torch.randn(2, 3, 16, 16)
+    keep = torch.ones(3, 2, 2)
+    assert torch.equal(model.tokens(images, "norm", keep), model.tokens(images, "norm"))
+    keep[1:, :, 0] = 0  # the first image goes through the first block alone
+    found = model.tokens(images, "prenorm", keep)
+    whole = model.tokens(images, "prenorm")
+    model.blocks = model.blocks[:1]
+    assert torch.allclose(found[0], model.tokens(images, "prenorm")[0], atol=1e-6)
+    assert torch.equal(found[1], whole[1])
+
+
+def test_both_branches_of_a_block_are_left_out_for_themselves():
+    block = Block(16, 2, 32)
+    x = torch.randn(1, 5, 16)
+    after_attention = x + block.attn(block.norm1(x), None)
+    keep = torch.tensor([[1.0], [0.0]])
+    assert torch.allclose(block(x, keep=keep), after_attention, atol=1e-6)
+    after_mlp = x + 2 * block.mlp(block.norm2(x))
+    assert torch.allclose(block(x, keep=torch.tensor([[0.0], [2.0]])), after_mlp, atol=1e-6)
+
+
+def test_survivors_grow_rarer_with_depth_and_make_up_for_the_others():
+    draws = torch.rand(5, 2, 20_000, generator=torch.Generator().manual_seed(0))
+    keep = survivors(draws, 0.4)
+    assert torch.equal(keep[0], torch.ones(2, 20_000))
+    gone = (keep == 0).float().mean((1, 2))
+    assert gone.tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.01)
+    assert keep.mean((1, 2)).tolist() == pytest.approx([1] * 5, abs=0.01)
+    assert keep[4].max().item() == pytest.approx(1 / 0.6)
+
+
+def test_recomputing_leaves_out_the_same_branches():
+    torch.manual_seed(0)
+    model = ViT(8, 16, 3, 2, grid=(2, 2))
+    images = torch.randn(4, 3, 16, 16)
+    keep = survivors(torch.rand(3, 2, 4), 0.5)
+    found = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model.tokens(images, "norm", keep).square().mean().backward()
+        found.append(model.patch_embed["proj"].weight.grad.clone())
+    assert torch.allclose(*found, atol=1e-6)

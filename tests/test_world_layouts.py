@@ -1,14 +1,16 @@
-"""The miniature world in the layouts of SemanticKITTI, PandaSet and SemanticPOSS."""
+"""The miniature world in the layouts of SemanticKITTI, PandaSet, SemanticPOSS and Cityscapes."""
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_world import contents
 
+from miniature.cityscapes_files import names_of
 from miniature.scenes import picture, plan_scene, pose_of
-from miniature.street import (BARRIER, BUS, CAR, MANMADE, PEDESTRIAN, ROAD, SIDEWALK, TERRAIN,
-                              TRUCK, VEGETATION)
+from miniature.street import (BARRIER, BUS, CAR, CYLINDER, MANMADE, PEDESTRIAN, ROAD, SIDEWALK,
+                              TERRAIN, TRUCK, VEGETATION)
 from miniature.world import list_jobs, make_world
 from plumbing.errors import InputError
 from readers.pickles import LABELS, POINTS, read_frame
@@ -21,6 +23,9 @@ KITTI = GROUND | {CAR: "car", BUS: "other-vehicle", TRUCK: "truck", PEDESTRIAN: 
                   MANMADE: "building", BARRIER: "fence", TERRAIN: "terrain"}
 PANDA = GROUND | {CAR: "car", BUS: "bus", TRUCK: "truck", PEDESTRIAN: "pedestrian",
                   MANMADE: "manmade", BARRIER: "barrier", TERRAIN: "ground"}
+
+TOWN = {0: "sky", ROAD: "road", SIDEWALK: "sidewalk", TERRAIN: "terrain", CAR: "car", BUS: "bus",
+        TRUCK: "truck", PEDESTRIAN: "person", VEGETATION: "vegetation", BARRIER: "ignore"}
 
 
 def plans_of(root):
@@ -104,6 +109,7 @@ def test_the_seed_decides(tmp_path, dataset, more):
     ("semanticposs", dict(image_size=(40, 80)), "--image-size: .* no pictures"),
     ("semanticposs", dict(cameras=1), "--cameras: .* no pictures"),
     ("pandaset", dict(cameras=7), "--cameras: 7 is out of range"),
+    ("cityscapes", {}, "--azimuths: .* it has no LiDAR"),
     ("pandaset", dict(train=(800, 0, 0)), "pandaset has .* ask for fewer"),
     ("pandaset", dict(train=(0, 0, 0), val=0), "no scene")])
 def test_refusals(tmp_path, dataset, wrong, message):
@@ -340,3 +346,54 @@ def test_pandaset_points_meet_their_class_in_the_picture(panda, dataset):
         return plans[scene], int(file[:2]), options, cameras
     here, beside = fits_of(table, PANDA, plan_of)
     assert here > .9 and beside < here - .05
+
+
+# ---- Cityscapes ----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def towns(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("towns") / "data", seed=4, dataset="cityscapes",
+                      train=(2, 0, 0), val=1, workers=1)
+
+
+def test_towns_have_the_files_of_cityscapes(towns):
+    places = ("train/aachen/aachen", "train/bochum/bochum", "val/frankfurt/frankfurt")
+    files = [f"gtFine/{place}_000000_000019_gtFine_labelIds.png" for place in places]
+    files += [f"leftImg8bit/{place}_000000_000019_leftImg8bit.png" for place in places]
+    assert list(contents(towns)) == [*files, "world.json"]
+    names = names_of(dict(train=[20, 0, 0], val=4, frames=2))
+    assert names["train"][:3] == ["aachen_000000", "aachen_000002", "bochum_000000"]
+    assert [len({name.split("_")[0] for name in names[split]}) for split in names] == [18, 3]
+
+
+def test_towns_are_the_same_when_written_again(towns, tmp_path):
+    again = tmp_path / "again"
+    for folder in ("gtFine/val/stale", "leftImg8bit"):  # as if it had been stopped in the middle
+        (again / folder).mkdir(parents=True)
+    (again / "world.unfinished.json").write_text("{}")
+    make_world(again, seed=4, dataset="cityscapes", train=(2, 0, 0), val=1, workers=1)
+    assert contents(again) == contents(towns) and not (again / "gtFine/val/stale").exists()
+
+
+def test_towns_labels_are_what_is_in_the_picture(towns):
+    plans, options = plans_of(towns)
+    (table,) = open_tables(f"cityscapes={towns}", here=True)
+    found = {"pole": [], "traffic_sign": []}
+    for row, plan in enumerate(plans.values()):
+        image, kinds, near = picture(options, plan, 0, "left")
+        assert (np.array(Image.open(table.path("image", row, 0))) == image).all()
+        names = np.array(table.reader.CLASSES)[table.labels(row)]
+        for kind in np.unique(kinds):
+            wanted = {TOWN[kind]} if kind in TOWN else {"building", *found}
+            assert set(names[kinds == kind]) <= wanted
+        # posts, and plates above them across the street, where nothing stands before them
+        view, things = plan["frames"][0]["left"], plan["street"].things
+        made = things["kind"] == MANMADE
+        for name, chosen, lift in (("pole", things["shape"] == CYLINDER, 0),
+                                   ("traffic_sign", things["half"][:, 0] < .05, .2)):
+            x, y, z = ((things["at"] + (0, 0, lift) - view["eye"]) @ view["turn"])[made & chosen].T
+            col, down = 80 / .4526 * x / z + 79.5, 80 / .4526 * y / z + 39.5
+            shown = (z > 2) & (col > 0) & (col < 159) & (down > 0) & (down < 79)
+            at = np.round(down[shown]).astype(int), np.round(col[shown]).astype(int)
+            found[name] += names[at][np.abs(near[at] - z[shown]) < .3].tolist()
+    for name, labels in found.items():
+        assert len(labels) > 5 and labels.count(name) > .9 * len(labels)

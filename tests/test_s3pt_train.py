@@ -1,0 +1,241 @@
+"""S3PT's script: each objective for some steps, two processes, kills, and what comes out."""
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from runs import checkpoint_of, fails_with_one_line, largest_difference, lines
+from test_processes import free_port
+from test_survival import DiesAt
+
+import s3pt.train as script
+from models import load_image_encoder
+from plumbing import run_folder
+
+SMALL = ["--encoder", "vit_mini8", "--crop", "32", "--local-crop", "16", "--hidden", "32",
+         "--bottleneck", "32", "--prototypes", "64", "--image-size", "80", "160", "--batch", "4",
+         "--warmup-epochs", "0", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
+OBJECTS = ["--clusters", "8", "--queue", "8", "--freeze-epochs", "1"]
+OBJECTIVES = {"dino": ["--local-crops", "2"], "cribo": OBJECTS, "s3pt": OBJECTS}
+STEPS = 5  # an epoch of the 14 pictures has three
+
+
+def argv(world, out, objective="s3pt", *more):
+    return ["--data", str(world), "--out", str(out), "--objective", objective, *SMALL,
+            *OBJECTIVES[objective], "--steps", str(STEPS), *more]
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """Folder of a run of each objective."""
+    folder = tmp_path_factory.mktemp("s3pt")
+    for objective in OBJECTIVES:
+        script.main(argv(world, folder / objective, objective))
+    return folder
+
+
+# ---- what comes out ------------------------------------------------------------------------------
+
+def test_each_objective_logs_its_losses_and_how_it_does(runs):
+    for objective in OBJECTIVES:
+        first, last = lines(runs / objective)
+        assert (first["step"], last["step"], last["split"]) == (3, STEPS, "all")
+        of_objects = {"object_cross_view", "object_cross_image"}
+        assert (of_objects <= first["loss_of"].keys()) == (objective != "dino")
+        assert first["loss"] == pytest.approx(sum(first["loss_of"].values()), rel=1e-5)
+        for name in ("entropy_of_mean", "mean_entropy", "prototypes_used", "prototype_norms",
+                     "effective_rank", "feature_variance", "lr", "teacher_temp", "momentum"):
+            assert name in last
+        if objective != "dino":
+            # In the first epoch nothing is learnt from neighbours
+            assert first["loss_of"]["object_cross_image"] == 0 == first["cycle_consistent"]
+            assert last["loss_of"]["object_cross_image"] > 0 < last["cycle_consistent"]
+            assert 0 < last["objects"] <= last["clusters"] <= 8
+        if objective == "s3pt":
+            assert 0.2 < last["tokens_with_depth"] < 1
+
+
+def test_the_encoder_is_the_teachers_and_loads_like_any_other(runs):
+    content = checkpoint_of(runs / "s3pt")
+    encoder = load_image_encoder(str(runs / "s3pt"))
+    assert encoder.spec == {"name": "vit_mini8", "feature": "norm", "image_size": (80, 160)}
+    assert largest_difference(encoder.backbone.state_dict(), content["model"]) == 0
+    of_student = {name.removeprefix("backbone."): value
+                  for name, value in content["student"].items() if name.startswith("backbone.")}
+    assert 0 < largest_difference(content["model"], of_student) < 0.1
+    assert encoder(torch.rand(1, 3, 80, 160)).shape == (1, 96, 10, 20)
+
+
+def test_the_queue_holds_the_newest_pictures(runs):
+    queue = checkpoint_of(runs / "s3pt")["queue"]
+    assert len(queue["counts"]) == 8
+    assert queue["objects"].shape == (2, int(queue["counts"].sum()), 96)
+    assert "queue" not in checkpoint_of(runs / "dino")
+
+
+def test_prototypes_stay_in_the_epochs_in_which_they_are_frozen(world, runs, tmp_path):
+    """And the rest of the head does not."""
+    script.main(argv(world, tmp_path / "frozen", "s3pt", "--freeze-epochs", "9"))
+    state = checkpoint_of(tmp_path / "frozen")["student"]
+    assert (state["head.last_layer.weight_g"] == 1).all()
+    assert (state["head.last_layer_c.weight_g"] == 1).all()
+    thawed = checkpoint_of(runs / "s3pt")["student"]
+    assert (thawed["head.last_layer.weight_g"] != 1).any()
+    assert (state["head.mlp.0.bias"] != 0).any()
+
+
+def test_a_run_begins_with_given_weights(world, runs, tmp_path):
+    weights = {f"teacher.backbone.{name}": value
+               for name, value in checkpoint_of(runs / "s3pt")["model"].items()}
+    torch.save({"teacher": {name.removeprefix("teacher."): value
+                            for name, value in weights.items()}}, tmp_path / "theirs.pth")
+    script.main(argv(world, tmp_path / "run", "s3pt", "--weights", str(tmp_path / "theirs.pth"),
+                     "--lr", "1e-9", "--end-lr", "0", "--steps", "1"))
+    began = checkpoint_of(tmp_path / "run")["model"]
+    assert largest_difference(began, checkpoint_of(runs / "s3pt")["model"]) < 1e-6
+
+
+def test_pictures_without_lidar_have_no_depth(world, tmp_path, capsys):
+    shutil.copytree(world / "samples/CAM_FRONT", tmp_path / "pictures")
+    pictures = f"pictures={tmp_path}/pictures"
+    script.main(argv(pictures, tmp_path / "run"))
+    assert "no LiDAR, so --beta 0" in capsys.readouterr().out
+    assert lines(tmp_path / "run")[-1]["tokens_with_depth"] == 0
+    line = fails_with_one_line(capsys, script.main, argv(pictures, tmp_path / "x", "s3pt",
+                                                         "--beta", "4"))
+    assert "--beta 4" in line and "--depth-maps" in line
+
+
+def test_other_arguments_are_refused_and_nothing_is_lost(world, runs, capsys):
+    before = (runs / "s3pt/last.pth").read_bytes()
+    for flags in (["--queue", "12"], ["--beta", "1"], ["--seed", "1"]):
+        line = fails_with_one_line(capsys, script.main, argv(world, runs / "s3pt", "s3pt", *flags))
+        assert flags[0] in line and "--restart" in line
+    assert (runs / "s3pt/last.pth").read_bytes() == before
+
+
+def test_weights_of_another_network_are_refused(world, tmp_path, capsys):
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 96)}}, tmp_path / "other.pth")
+    line = fails_with_one_line(capsys, script.main, argv(
+        world, tmp_path / "run", "s3pt", "--weights", str(tmp_path / "other.pth")))
+    assert "other.pth" in line and "missing" in line
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_are_touched(world, tmp_path, capsys,
+                                                                    monkeypatch):
+    calls = []
+    crop_loss = script.crop_loss
+
+    def broken(*args):
+        loss, terms = crop_loss(*args)
+        calls.append(1)
+        return loss * (float("nan") if len(calls) == 4 else 1), terms
+    monkeypatch.setattr(script, "crop_loss", broken)
+    line = fails_with_one_line(capsys, script.main, argv(world, tmp_path / "run"))
+    assert "step 3" in line and "not-finite.json" in line
+    assert len(json.loads((tmp_path / "run/not-finite.json").read_text())["frames"]) == 4
+    assert checkpoint_of(tmp_path / "run")["step"] == 3
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+def test_schedules_at_steps_computed_by_hand():
+    """Ten epochs of two steps, a warm-up of one epoch, the temperature's of three."""
+    args = script.parse("", ["--data", "x", "--out", "y", "--batch", "512", "--lr", "1e-3",
+                             "--end-lr", "1e-5", "--warmup-epochs", "1", "--temp-epochs", "3"])
+    now = [script.schedules(args, step, 20, 2) for step in range(20)]
+    lr = [each["lr"] for each in now]
+    assert lr[:3] == pytest.approx([0, 2e-3, 2e-3])  # 512 / 256 = 2
+    assert lr[11] == pytest.approx((2e-3 + 1e-5) / 2)
+    assert 1e-5 < lr[19] < 3e-5
+    temps = [each["teacher_temp"] for each in now]
+    assert temps[:7] == pytest.approx([0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07])
+    assert [now[0]["weight_decay"], now[0]["momentum"]] == pytest.approx([0.04, 0.996])
+    assert now[10]["weight_decay"] == pytest.approx(0.22)
+    assert now[10]["momentum"] == pytest.approx(0.998)
+
+
+# ---- two processes -------------------------------------------------------------------------------
+
+def one_of_two(rank, world, port, out, cache):
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank),
+                   "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "XDG_CACHE_HOME": cache}
+    torch.set_num_threads(1)
+    for objective in OBJECTIVES:
+        script.main(argv(world, out / objective, objective, "--steps", "2"))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(world, tmp_path):
+    for objective in OBJECTIVES:
+        script.main(argv(world, tmp_path / "one" / objective, objective, "--steps", "2"))
+    args = (str(world), free_port(), tmp_path / "two", os.environ["XDG_CACHE_HOME"])
+    torch.multiprocessing.spawn(one_of_two, args, nprocs=2)
+    for objective in OBJECTIVES:
+        one, two = (checkpoint_of(tmp_path / name / objective) for name in ("one", "two"))
+        for state in (one, two):
+            # A key's bias moves all scores of a query alike: its gradient is rounding, and AdamW
+            # makes a step of it
+            for name in state["student"]:
+                if name.endswith("qkv.bias"):
+                    state["student"][name][96:192] = 0
+        for part in ("student", "model", "teacher_head", "centers"):
+            assert largest_difference(one[part], two[part]) < 1e-6, (objective, part)
+        if objective != "dino":
+            assert largest_difference(one["queue"], two["queue"]) < 1e-5
+        losses = [lines(tmp_path / name / objective)[0]["loss"] for name in ("one", "two")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    # What two processes began, one goes on with
+    script.main(argv(world, tmp_path / "two" / "s3pt", "s3pt", "--steps", "2"))
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+def killed_at(step, number, command):
+    """Run the command in a forked process that gets a signal in a step."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if number == signal.SIGKILL:
+            script.check_finite = DiesAt(run_folder.check_finite, step)
+        else:
+            move = script.move_teacher
+
+            def signalled(*args):
+                os.kill(os.getpid(), number)
+                return move(*args)
+            script.move_teacher = signalled
+        try:
+            script.main(command)
+        except SystemExit as exit_:
+            os._exit(exit_.code)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_bit_by_bit(world, runs, tmp_path):
+    """Killed in the second step, then in the third of what is left, then told to stop."""
+    command = argv(world, tmp_path / "run", "s3pt", "--save-every", "0")
+    assert os.WTERMSIG(killed_at(2, signal.SIGKILL, command)) == signal.SIGKILL
+    assert os.WTERMSIG(killed_at(3, signal.SIGKILL, command)) == signal.SIGKILL
+    assert os.WEXITSTATUS(killed_at(0, signal.SIGTERM, command)) == 128 + signal.SIGTERM
+    script.main(command)
+    whole, pieces = checkpoint_of(runs / "s3pt"), checkpoint_of(tmp_path / "run")
+    for part in ("student", "model", "teacher_head", "centers", "queue"):
+        assert largest_difference(whole[part], pieces[part]) == 0, part
+    assert [line["loss"] for line in lines(tmp_path / "run")] == pytest.approx(
+        [line["loss"] for line in lines(runs / "s3pt")], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_cut_short_costs_some_steps_only(world, runs, tmp_path, capsys):
+    shutil.copytree(runs / "s3pt", tmp_path / "run")
+    path = tmp_path / "run/last.pth"
+    path.write_bytes(path.read_bytes()[:5000])
+    script.main(argv(world, tmp_path / "run"))
+    assert "previous.pth is taken" in capsys.readouterr().out
+    assert largest_difference(checkpoint_of(tmp_path / "run")["student"],
+                              checkpoint_of(runs / "s3pt")["student"]) == 0
