@@ -31,7 +31,7 @@ EMPTY = 0.1        # what is not above it is no depth
 BINS = ((EMPTY, 15, 7), (15, 30, 5), (30, FARTHEST, 3))  # metres above, up to; side of the cross
 HALF = "<f2"       # numbers of the cache
 MAGIC = {".npy": b"\x93NUMPY", ".png": b"\x89PNG"}  # how files begin
-FORMAT = 1         # of the cache: count up when projection or completion change
+FORMAT = 1         # of the cache: count up when reading, projection or completion change
 
 
 # ---- IP-Basic ------------------------------------------------------------------------------------
@@ -218,13 +218,6 @@ class LidarDepth:
     def __init__(self, fill="fast", folder=None):
         self.fill = fill
         self.folder = Path(folder or caches() / "collaborative-distillation/depth")
-
-    def check(self, tables):
-        """Raise InputError where no table has scans."""
-        if not any("scan" in table for table in tables):
-            roots = " and ".join(table.root for table in tables)
-            raise InputError(f"--beta: --data {roots} has no LiDAR; give --beta 0, or depth maps "
-                             "as --depth-maps DIR")
 
     def __call__(self, table, frame, camera):
         """The map [h, w] float32 of a picture, metres, 0 where unknown; 0 in a table without scans.
