@@ -56,8 +56,9 @@ def run(command):
 def one_world(seed, encoder, out):
     """All scripts on the world of one seed. Returns {encoder: {metric: {column: value}}}."""
     world = f"data/world-{seed}"
-    runs = f"{out}/seed-{seed}"
+    runs = shlex.quote(f"{out}/seed-{seed}")  # in a command
     common = f"--data {world} --seed {seed} --workers 0"
+    encoder = shlex.quote(encoder)
     run(f"miniature/world.py --out {world} --seed {seed}")
 
     # The two stages
@@ -74,7 +75,7 @@ def one_world(seed, encoder, out):
     # The table and the picture
     run(f"eval.py {' '.join(probes)} --out {runs}/table --workers 0")
     run(f"miniature/overview.py {runs}/seg-base {runs}/seg-cd --out {runs}/overview.png")
-    written = json.loads(Path(runs, "table.json").read_text())
+    written = json.loads(Path(out, f"seed-{seed}", "table.json").read_text())
     results = {}
     for (task, name), result in zip(PROBED, written):
         metric = "RMSE" if task == "depth" else "mIoU"
@@ -138,7 +139,7 @@ def main():
         if not Path(encoder).exists():
             run("miniature/world.py --out data/pretrain --seed 1000 --train 700 0 0 --val 0 "
                 "--frames 3")
-            run(f"miniature/pretrain.py --data data/pretrain --out {encoder}")
+            run(f"miniature/pretrain.py --data data/pretrain --out {shlex.quote(encoder)}")
 
     results = {seed: one_world(seed, encoder, args.out) for seed in args.seeds}
     table = summary(results)

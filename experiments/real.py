@@ -13,6 +13,7 @@ page RESULTS.md are written. A row that is there is not made again: the work can
 import gzip
 import os
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from demo import ROOT
@@ -138,7 +139,8 @@ class Street(Runs):
             probe = self.follow(out, f"probe.py --data {{clean}} {ON} --encoder {row.encoder} "
                                 f"--out {{here}} {PROBE_3D}")
             out += "-table"
-            self.make(out, f"eval.py {probe} --out {self.folder / out} --workers 0", probe.name)
+            self.make(out, f"eval.py {quote(str(probe))} --out {quote(str(self.folder / out))} "
+                      "--workers 0", probe.name)
             return read_json(f"{self.folder / out}.json")[0]  # of several probes, here of one
         return read_json(f"{self.folder / out}.json")
 

@@ -12,6 +12,7 @@ hand. A command that has finished is not run again.
 import os
 import statistics
 from pathlib import Path
+from shlex import quote
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
 from experiments import scalr_claims
@@ -219,8 +220,10 @@ class World(Runs):
         kind = "table" if clean else "corrupted"
         out = f"{self.folder / name}-{kind}"
         script = "eval.py" if clean else "-m experiments.corruptions images"
-        more = "" if clean else f" {CORRUPTED} --copies {self.folder}/corrupted"
-        self.make(f"{name}-{kind}", f"{script} {probe} --out {out} --workers 0{more}", name)
+        copies = quote(f"{self.folder}/corrupted")
+        more = "" if clean else f" {CORRUPTED} --copies {copies}"
+        self.make(f"{name}-{kind}",
+                  f"{script} {quote(str(probe))} --out {quote(out)} --workers 0{more}", name)
         written = read_json(f"{out}.json")
         if written is None:
             raise InputError(f"{out}.json: cannot be read; remove {self.note}, "

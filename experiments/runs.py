@@ -1,6 +1,7 @@
 """Commands that need each other's folders, each run once: for experiments that are many runs."""
 import time
 from pathlib import Path
+from shlex import quote
 
 from demo import ROOT
 from demo import run as run_command
@@ -72,7 +73,7 @@ class Runs:
     def follow(self, name, command):
         """Make a run by a command as in `commands`, after the runs that it names."""
         named = [other for other in ("base", *self.commands) if f"{{{other}}}" in command]
-        folders = {other: self.run(other) for other in named}
-        command = command.format(here=self.folder / name, seed=self.seed, **self.fields(),
-                                 **folders)
+        places = {other: self.run(other) for other in named}
+        places |= self.fields() | {"here": self.folder / name, "seed": self.seed}
+        command = command.format(**{each: quote(str(place)) for each, place in places.items()})
         return self.make(name, command, *named)

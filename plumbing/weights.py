@@ -25,7 +25,7 @@ ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
 LAYOUT = 2  # of the checkpoints that plumbing/atomic.py writes: count up when keys change
 WHO_WRITES = {  # kind of checkpoint: script
     "point_encoder": "stage1.py", "image_encoder": "stage2.py",
-    "probe": "probe.py or finetune.py",
+    "probe": "probe.py or finetune.py", "segmenter": "s3pt.segmenter",
     "2d_head": "experiments.ablations 2d-head"}
 
 

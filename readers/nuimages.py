@@ -18,6 +18,9 @@ from readers.table import as_bytes, damage_named, main
 SPLITS = ("train", "val")
 # What nuImages labels of nuScenes' classes: ignore, the 10 classes of objects, the road
 CLASSES = NUSCENES_CLASSES[:NUSCENES_CLASSES.index("driveable_surface") + 1]
+# What a mean over 13 classes has beside (S3PT, Table 9): the own car, and all other pixels
+ALL_CLASSES = (*CLASSES, "ego_vehicle", "background")
+EGO = ALL_CLASSES.index("ego_vehicle")
 
 
 def labels_of(root, columns, frame):
@@ -25,6 +28,20 @@ def labels_of(root, columns, frame):
 
     Objects are drawn over surfaces. Raises InputError for a damaged mask.
     """
+    classes = drawn(root, columns, frame)
+    classes[classes == EGO] = 0
+    return classes
+
+
+def all_labels_of(root, columns, frame):
+    """The same of ALL_CLASSES: a pixel without a class is background."""
+    classes = drawn(root, columns, frame)
+    classes[classes == 0] = ALL_CLASSES.index("background")
+    return classes
+
+
+def drawn(root, columns, frame):
+    """The masks of an image in the order of drawing: uint8 [H, W], 0 where there is none."""
     from pycocotools.mask import decode
     classes = np.zeros(columns["image_size"][frame, 0], np.uint8)
     begin, end = columns["first"][frame:frame + 2]
@@ -96,8 +113,8 @@ def table(root, version=None):
     """The labelled images: the columns that readers/table.py lists, and their M masks.
 
     first [S + 1]: first[s]:first[s + 1] are the masks of image s, in the order of drawing.
-    kind [M]: index into CLASSES. start [M + 1]: start[m]:start[m + 1] are the bytes of mask m in
-    runs: uint8, run lengths as pycocotools packs them.
+    kind [M]: index into ALL_CLASSES. start [M + 1]: start[m]:start[m + 1] are the bytes of mask m
+    in runs: uint8, run lengths as pycocotools packs them.
     """
     images, kinds, runs = [], [], []  # images: split, path, size, number of masks, record
     folders = dict.fromkeys(path.parent for path in sources(root, version))
@@ -114,7 +131,8 @@ def table(root, version=None):
                                      f"for {file} of {size}; extract it again")
                 kinds.append(kind)
                 runs.append(counts)
-                said += [bytes([kind]), counts]
+                # The record is of CLASSES alone, so that it knows runs from before the others
+                said += [bytes([kind if kind < EGO else 0]), counts]
             split = folder.name.removeprefix("v1.0-")
             images.append((split, file, size, len(masks[token]), digest(said)))
 
@@ -133,7 +151,8 @@ def table(root, version=None):
 def _read_version(root, version):
     """A split's labelled images and {token of an image: its masks, in the order of drawing}.
 
-    An image is (path, [height, width], token), a mask (index into CLASSES, [height, width], runs).
+    An image is (path, [height, width], token), a mask (index into ALL_CLASSES, [height, width],
+    runs).
     """
     from nuimages import NuImages
     from nuscenes.eval.detection.utils import category_to_detection_name
@@ -141,6 +160,8 @@ def _read_version(root, version):
     def class_of(category):
         if category == "flat.driveable_surface":
             return CLASSES.index("driveable_surface")
+        if category == "vehicle.ego":
+            return EGO
         return CLASSES.index(category_to_detection_name(category) or "ignore")
 
     nuim = NuImages(version, str(root))

@@ -21,6 +21,7 @@ those that its data has:
     scan(path)                      [A, 4]: x, y, z [m], intensity
     labels(path, count=None)        classes, uint8: [A] of a scan's `count` points, [H, W] of pixels
     labels_of(root, columns, frame) the same where the labels stand in the table itself
+    ALL_CLASSES, all_labels_of      the same with classes that a probe leaves out (dense.py)
 
 It ends in `if __name__ == "__main__": main(NAME)`, with `main` of this file.
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from runs import RUN
@@ -29,8 +30,13 @@ SMALL = {  # what is added to a command of a script
     "experiments.corruptions images": ["--workers", "0", "--device", "cpu"],
     "experiments.visualize": ["--device", "cpu"], "experiments.scalr_figures": ["--device", "cpu"]}
 SMALL["experiments.ablations"] = SMALL["stage1"]
+SMALL["s3pt.train"] = ["--encoder", "vit_mini8", "--image-size", "80", "160", "--crop", "32",
+                       "--hidden", "32", "--bottleneck", "32", "--prototypes", "64", "--clusters",
+                       "8", "--queue", "8", *TWO_STEPS]
+SMALL["s3pt.segmenter"] = ["--scale", "160", "80", "--crop", "64", *TWO_STEPS]
+SMALL["s3pt.segmenter --evaluate"] = ["--workers", "0", "--device", "cpu"]
 ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ",  # have tests of theirs
-             "experiments.bench ", "experiments.bench_scalr ",
+             "experiments.bench ", "experiments.bench_scalr ", "experiments.bench_s3pt ",
              "experiments.reproduce --paper", "experiments.reproduce --claim",
              "experiments.real ", "experiments.real_figures ", "experiments.corruptions compare",
              "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
@@ -66,6 +72,7 @@ def test_the_commands_are_found():
     names = [argv[0] for _, argv in commands()]
     assert len(names) >= 30
     assert {"pip", "demo", "readers.nuscenes", "readers.nuimages", "readers.semantickitti",
+            "s3pt.train", "s3pt.segmenter",
             "stage1", "stage2", "probe", "finetune", "eval", "export", "miniature.world",
             "miniature.pretrain",
             "experiments.scalr_figures", "experiments.ablations", "experiments.bench",
@@ -104,7 +111,7 @@ def test_readme_has_all_files():
             folder = place.strip("`") if re.fullmatch(r"`\w+/`", place) else ""
         files = re.findall(r"`([\w.]+\.py)`", concern if folder else place)
         named |= {folder + file for file in files}
-    folders = ("", "readers", "plumbing", "releases", "experiments")
+    folders = ("", "readers", "plumbing", "releases", "s3pt", "experiments")
     there = {path.relative_to(ROOT).as_posix() for name in folders
              for path in (ROOT / name).glob("*.py") if path.name != "__init__.py"}
     assert named == there
@@ -114,7 +121,7 @@ def test_what_the_reading_page_names_is_there():
     table = (ROOT / "docs/read.md").read_text().partition("## The papers' sections")[2]
     where = re.findall(r"^\| .* \| .* \| (.*) \|$", table.partition("\n## ")[0], re.M)
     assert len(where) >= 30
-    folders = ("", "plumbing", "readers", "releases", "experiments")
+    folders = ("", "plumbing", "readers", "releases", "s3pt", "experiments")
     texts = {path.stem: path.read_text() for name in folders for path in (ROOT / name).glob("*.py")}
     for name in re.findall(r"`([A-Za-z_][\w.]*)[`( ]", " ".join(where)):
         if name.endswith(".py"):
@@ -133,6 +140,12 @@ def place(world, kitti, panda, tmp_path, monkeypatch):
     from miniature.world import make_world
     images = tmp_path / "images"
     make_world(images, seed=3, train=(3, 1, 1), val=1, frames=1, workers=1, dataset="nuimages")
+    cities = make_world(tmp_path / "cities", dataset="cityscapes", train=(2, 0, 0), val=1,
+                        workers=1)
+    for picture in (world / "samples/CAM_FRONT").iterdir():
+        depths = tmp_path / "data/depth/samples/CAM_FRONT" / f"{picture.stem}.npy"
+        depths.parent.mkdir(parents=True, exist_ok=True)
+        np.save(depths, np.full((40, 80), 9.0))
     seed = tmp_path / "runs/miniature/seed-1"
     seed.mkdir(parents=True)
     for name, there in (("world", world), ("stage1", tmp_path / "runs/s1"),
@@ -146,6 +159,7 @@ def place(world, kitti, panda, tmp_path, monkeypatch):
     more = shutil.copytree(world, tmp_path / "more")
     return {"/data/nuscenes": str(world), "/data/more": str(more), "/data/nuimages": str(images),
             "/data/kitti": str(kitti), "/data/pandaset": str(panda),
+            "/data/cityscapes": str(cities), "/data/pictures": str(world / "samples"),
             "miniature/encoder.pth": shipped, "dinov2_vits14": shipped, "vit_small14": "vit_small8",
             "dinov2_vitl14": shipped, "maskclip_vitb16": "runs/s2"}
 

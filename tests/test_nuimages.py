@@ -109,6 +109,19 @@ def test_masks_are_the_polygons(drawn):
     assert not found.labels(0).any()
 
 
+def test_all_classes_have_the_own_car_and_what_is_left(drawn):
+    found = opened(drawn)
+    own, background = nuimages.ALL_CLASSES.index("ego_vehicle"), len(nuimages.ALL_CLASSES) - 1
+    assert nuimages.ALL_CLASSES[background] == "background" and background == 13
+    labels = found.labels(1)
+    every = nuimages.all_labels_of(found.root, found.columns, 1)
+    assert (every[80:] == own).all() and not labels[80:].any()
+    known = labels > 0
+    assert known.any() and (every[known] == labels[known]).all()
+    assert (every[:80][~known[:80]] == background).all()
+    assert (nuimages.all_labels_of(found.root, found.columns, 0) == background).all()
+
+
 def test_labels_stay_with_their_pixels_when_the_image_shrinks(drawn):
     found = opened(drawn)
     item = item_of(found, 2)

@@ -1,6 +1,7 @@
 """S3PT's maths: against SciPy's Bessel functions, plain formulas, sums by hand, and what must not
 change."""
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from scipy.special import ive
 from torch import nn
 
 from s3pt import objectives
+from s3pt.networks import Network
 from s3pt.objectives import (Center, Head, Prototypes, Target, clip_each, crop_loss, crop_partners,
                              drop_gradients, health, move_teacher, object_loss, parameter_groups,
                              prototype_loss, vmf_log_constant)
+from vit import ViT
 
 
 def seeded(*shape, seed=0, dtype=torch.float32):
@@ -270,18 +273,8 @@ def test_the_teacher_moves_by_hand():
     assert teacher.weight.item() == pytest.approx(1.5)
 
 
-class Both(nn.Module):
-    """An encoder's kinds of parameters, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        from vit import ViT
-        self.backbone = ViT(8, 16, 1, 2, grid=(2, 2))
-        self.head = Head(16, 8, 32, 10)
-
-
 def test_what_decays_is_what_has_two_axes_and_is_no_bias():
-    model = Both()
+    model = Network(ViT(8, 16, 1, 2, grid=(2, 2)), Head(16, 8, 32, 10))
     decayed, others = parameter_groups(model, 0.04)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.04, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -295,7 +288,7 @@ def test_what_decays_is_what_has_two_axes_and_is_no_bias():
 
 
 def test_frozen_prototypes_neither_move_nor_decay():
-    model = Both()
+    model = Network(ViT(8, 16, 1, 2, grid=(2, 2)), Head(16, 8, 32, 10))
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.4), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -330,3 +323,46 @@ def test_health_tells_a_teacher_of_one_answer_and_an_undecided_one():
     assert undecided["mean_entropy"] > 0.99
     layer.weight_v.data[1] = layer.weight_v.data[0] + 0.01  # two that are one
     assert health(z, layer, center, 0.01)["prototypes_used"] <= 15
+
+
+# ---- all together --------------------------------------------------------------------------------
+
+def pictures_of_kinds(kinds, generator):
+    """A noisy picture of each of these kinds [B]: eight patterns, moved, lighter or darker."""
+    patterns = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    images = F.interpolate(patterns[kinds], size=(32, 32), mode="bilinear")
+    images = images.roll(int(torch.randint(6, (1,), generator=generator)), 3)
+    light = 0.7 + 0.6 * torch.rand(len(kinds), 1, 1, 1, generator=generator)
+    return images * light + 0.3 * torch.randn(images.shape, generator=generator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("center, vmf", [("logits", False), ("probability", True)])
+def test_kinds_of_pictures_are_told_apart_without_labels(center, vmf):
+    torch.manual_seed(0)
+    student = Network(ViT(8, 48, 2, 4, grid=(4, 4)), Head(48, 64, 32, 64, False, vmf=vmf))
+    teacher = deepcopy(student).requires_grad_(False)
+    layers = student.head.last_layer, teacher.head.last_layer
+    center = Center(64, center)
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0.04), lr=1e-3)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(200):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, step / 50)
+        kinds = torch.randint(8, (32,), generator=generator)
+        images = torch.cat([pictures_of_kinds(kinds, generator) for _ in range(2)])
+        with torch.no_grad():
+            seen, _ = teacher.look([images])
+        z, _ = student([images], (None, None))
+        loss, _ = crop_loss(z, seen, layers, center, (0.1, 0.04))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        center.update(seen, layers[1], 0.04)
+        move_teacher(teacher, student, 0.99)
+    # Of each prototype's pictures most are of one kind, and there are as many prototypes as kinds
+    answers = center.targets(layers[1](seen[:32], 0.04), 0.04).argmax(1)
+    of_one_kind = [kinds[answers == k].bincount().max() for k in answers.unique()]
+    assert sum(of_one_kind) / 32 >= 0.9
+    assert len(of_one_kind) >= 7
+    assert loss < 0.75 * math.log(64)

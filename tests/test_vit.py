@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
+from models import ENCODERS
 from releases.clip import clip_name
 from vit import Block, MaskCLIP, RotaryPositions, ViT, interpolate_positions, rotate, survivors
 
@@ -252,3 +253,17 @@ def test_recomputing_leaves_out_the_same_branches():
         model.tokens(images, "norm", keep).square().mean().backward()
         found.append(model.patch_embed["proj"].weight.grad.clone())
     assert torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, theirs", [("vit_small16", "vit_small_patch16_224"),
+                                          ("vit_base16", "vit_base_patch16_224")])
+def test_timm_gives_the_same_features_with_our_weights(name, theirs):
+    timm = pytest.importorskip("timm")
+    row = ENCODERS[name]
+    ours = noise(row.network(row.patch_size, **row.arguments))
+    other = timm.create_model(theirs, num_classes=0).eval()
+    other.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        close(ours.tokens(images, "norm"), other.forward_features(images), 1e-5)
