@@ -5,7 +5,8 @@ from typing import NamedTuple
 class Number(NamedTuple):
     """A number of an evaluation: an encoder's, on a task, under a column of the table.
 
-    run: the run that made the encoder, or "base". corruption: of the images.
+    run: the run that made the encoder, or "base". column: or classes, whose mean IoU is meant.
+    corruption: of the images.
     """
     run: str
     task: str

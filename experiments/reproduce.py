@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
-from experiments import scalr_claims
+from experiments import s3pt_claims, scalr_claims
 from experiments.claims import Claim, Number, numbers_of
 from experiments.runs import Runs
 from plumbing.arguments import SEED, Distinct, Parser
@@ -36,7 +36,8 @@ RULE = ("*holds*: the mean difference in the claimed direction is larger than th
 # ---- commands ------------------------------------------------------------------------------------
 
 ENCODER = "miniature/encoder.pth"  # "base" among the runs: the image encoder as it was
-WORLDS = ("world", "images", "world-noisy", "world-sparse", *scalr_claims.WORLDS)
+WORLDS = ("world", "images", "world-noisy", "world-sparse", *scalr_claims.WORLDS,
+          *s3pt_claims.WORLDS)
 ONE_PERCENT = "--percent 1 --head batchnorm --batch 4 --lr 3e-4 --epochs 60"
 CORRUPTED = "--corruptions fog gaussian_noise motion_blur --severity 3"  # of Table 6's images
 
@@ -80,7 +81,9 @@ COMMANDS = {
     "joint-contrastive": "-m experiments.ablations joint --loss contrastive "
                          f"{FROM_ENCODER} --batch 16 --lr-2d 4e-3",
     "cd-sparse": f"stage2.py {_after('stage1', '{world-sparse}')}",
-} | scalr_claims.COMMANDS
+    "s3pt-stage1": f"stage1.py {FROM_ENCODER.replace('{base}', '{s3pt}')}",
+    "s3pt-stage2": f"stage2.py {_after('s3pt-stage1')}",
+} | scalr_claims.COMMANDS | s3pt_claims.COMMANDS
 # task: command of a probe, without --encoder and --out
 TASKS = {
     **{task: f"probe.py {WORLD} --task {task} {flags}" for task, flags in PROBES.items()},
@@ -89,7 +92,7 @@ TASKS = {
     "nuimages-1%": f"finetune.py {IMAGES} --task seg {ONE_PERCENT}",
     "depth-finetuned": f"finetune.py {WORLD} --task depth --head batchnorm --batch 16 --lr 1e-3 "
                        "--head-lr 1e-1 --epochs 4",
-} | scalr_claims.TASKS
+} | scalr_claims.TASKS | s3pt_claims.TASKS
 
 
 # ---- claims --------------------------------------------------------------------------------------
@@ -167,8 +170,9 @@ _CLAIMS = (
           AFTER, Number("joint-contrastive", "seg"), (51.9, 38.5)),
 )
 PAPERS = {"cd": ("Collaborative distillation", "on nuScenes with DINOv2 ViT-S/14", _CLAIMS),
-          "scalr": ("ScaLR", "linear probes on the whole datasets", scalr_claims.CLAIMS)}
-CLAIMS = {claim.name: claim for claim in (*_CLAIMS, *scalr_claims.CLAIMS)}
+          "scalr": ("ScaLR", "linear probes on the whole datasets", scalr_claims.CLAIMS),
+          "s3pt": ("S3PT", "on nuImages with ViT-S/16", s3pt_claims.CLAIMS)}
+CLAIMS = {claim.name: claim for _, _, claims in PAPERS.values() for claim in claims}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ class World(Runs):
         return ENCODER
 
     def fields(self):
-        return {"images_seed": self.seed + 100}
+        return {"images_seed": self.seed + 100, "streets_seed": self.seed + 2000}
 
     def values(self, claim):
         """(better, worse) of a claim; what it needs is run first.
@@ -203,7 +207,10 @@ class World(Runs):
         """The value of a Number, or the difference of two."""
         if not isinstance(number, Number):
             return self.number(number[0]) - self.number(number[1])
-        value = self.result(number)[number.metric][number.column]
+        result = self.result(number)
+        if isinstance(number.column, tuple):  # of classes
+            return statistics.mean(result["IoU"]["full"][name] for name in number.column)
+        value = result[number.metric][number.column]
         if value is None:
             raise InputError(f"{self.folder}: the world has no labels under {number.column}")
         return value
@@ -214,6 +221,8 @@ class World(Runs):
         name = f"{number.task.replace('%', '')}-{number.run}"
         command = f"{TASKS[number.task]} --encoder {{{number.run}}} --out {{here}}"
         probe = self.follow(name, command)
+        if number.task in s3pt_claims.TASKS:
+            return self.judged(name, number.task)
 
         # Its evaluation, which writes all conditions, or all corruptions, at once
         clean = number.corruption == "clean"
@@ -229,6 +238,17 @@ class World(Runs):
             raise InputError(f"{out}.json: cannot be read; remove {self.note}, "
                              "and what has finished is not done again")
         return written[0] if clean else written[0]["results"][number.corruption]
+
+
+    def judged(self, name, task):
+        """The result of a run of s3pt/segmenter.py, on its own data or on another dataset's."""
+        run = self.folder / name
+        if task in s3pt_claims.ELSEWHERE:
+            where = s3pt_claims.ELSEWHERE[task].format(cities=quote(str(self.run("cities"))))
+            self.make(f"{name}/{s3pt_claims.TRANSFERRED}",
+                      f"-m s3pt.segmenter --evaluate {quote(str(run))} {where} --workers 0",
+                      name, "cities")
+        return s3pt_claims.judged(run, task)
 
 
 # ---- verdicts ------------------------------------------------------------------------------------

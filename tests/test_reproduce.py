@@ -1,4 +1,5 @@
 """The claims in miniature: verdicts, rows, the runs that a claim needs, and what is run again."""
+import functools
 import json
 import shlex
 import shutil
@@ -15,7 +16,9 @@ import stage1
 import stage2
 from experiments import corruptions, reproduce, runs
 from experiments.reproduce import CLAIMS, COMMANDS, TASKS, WORLDS, Claim, Number, World
+from experiments.s3pt_claims import RARE
 from plumbing.errors import InputError
+from s3pt import segmenter, settings
 
 COLUMNS = ("full", "day-clear", "day-rain", "night")
 CORRUPTIONS = ("clean", "fog", "gaussian_noise", "motion_blur")
@@ -65,7 +68,14 @@ def dry(tmp_path, monkeypatch):
         out = Path(out_of(command))
         out.mkdir(parents=True, exist_ok=True)
         columns = dict.fromkeys(COLUMNS, float(len(commands)))
-        result = {"mIoU": columns, "RMSE": columns}
+        of_classes = dict.fromkeys(RARE, float(len(commands)))
+        result = {"mIoU": columns, "RMSE": columns, "IoU": {"full": of_classes}}
+        if "s3pt.segmenter" in command:
+            elsewhere = "--evaluate" in command
+            column = "nuimages to cityscapes" if elsewhere else "nuimages"
+            rows = {column: {"mean over 7 classes": float(len(commands))}}
+            path = f"{out}.json" if elsewhere else out / "results.json"
+            Path(path).write_text(json.dumps({"heads": [{"columns": rows}]}))
         if command[0] == "eval.py":
             Path(f"{out}.json").write_text(json.dumps([result]))
         if command[1:3] == ["experiments.corruptions", "images"]:
@@ -80,6 +90,8 @@ def after(flag, command):
 
 
 def out_of(command):
+    if "--evaluate" in command:
+        return f"{after('--evaluate', command)}/transfer-cityscapes"
     return after("--out", command)
 
 
@@ -104,13 +116,15 @@ def check_command(command, made):
     if "experiments.corruptions" in command:
         assert str(corruptions.parse(command[2:]).out) == out_of(command)
     parsers = {"stage1.py": stage1.parse, "stage2.py": stage2.parse, "probe.py": probe.parse,
-               "finetune.py": finetune.parse}
-    if command[0] in parsers:
-        args = parsers[command[0]](command[1:])
+               "finetune.py": finetune.parse, "s3pt.segmenter": segmenter.parse,
+               "s3pt.train": functools.partial(settings.parse, "")}
+    script, *rest = command[1:] if command[0] == "-m" else command
+    if script in parsers and "--evaluate" not in command:
+        args = parsers[script](rest)
         assert args.seed == 5 and args.out == out_of(command)
         encoders = args.encoder if isinstance(args.encoder, list) else [args.encoder]
         for encoder in encoders:
-            if encoder not in (None, reproduce.ENCODER):
+            if encoder not in (None, "vit_mini8", reproduce.ENCODER):
                 assert {encoder, encoder.removesuffix("/encoder.pth")} & made, text
 
 
@@ -190,10 +204,12 @@ def test_every_run_and_task_of_a_claim_exists_and_every_run_has_a_claim():
     runs = {number.run for number in numbers}
     assert runs <= {"base", *COMMANDS}
     # what others begin with
-    assert set(COMMANDS) - runs == {*WORLDS, "labels", "2d-head-1", "weak", "other"}
+    assert set(COMMANDS) - runs == {*WORLDS, "labels", "2d-head-1", "weak", "other",
+                                    "s3pt-stage1"}
     assert {number.task for number in numbers} == set(TASKS)
     for claim in CLAIMS.values():
-        assert claim.metric == ("RMSE" if "depth" in claim.name else "mIoU")
+        of_depth = claim.name.startswith("depth")
+        assert claim.metric == ("RMSE" if of_depth else "mIoU")
 
 
 def test_a_paper_s_part_of_the_page_is_replaced_and_the_others_stay():
