@@ -9,9 +9,11 @@ import probe
 import stage1
 import stage2
 from readers.nuscenes import SAMPLING
+from s3pt import settings
 
 # | `script` | `--flag` | paper | `default` |
 SCRIPT = (r"stage1(?: --recipe [\w+]+)?(?: --channels 256)?|stage2|"
+          r"s3pt\.train(?: --objective \w+)?(?: --encoder \w+)?|"
           r"(?:probe|finetune) --task \w+(?: --data \w+=x)?")
 ROW = rf"^\| `({SCRIPT})` \| `--([\w-]+)` \| (.+?) \| `(.+?)` \|"
 
@@ -26,6 +28,8 @@ def defaults_of(script):
     needed = ["--data", "x", "--out", "y"]
     if script.startswith("stage1"):
         return stage1.parse([*needed, *script.split()[1:]])
+    if script.startswith("s3pt"):
+        return settings.parse("", [*needed, *script.split()[1:]])
     if script == "stage2":
         return stage2.parse([*needed, "--stage1", "z"])
     name, *task = script.split()
