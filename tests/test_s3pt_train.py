@@ -4,15 +4,17 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from runs import checkpoint_of, fails_with_one_line, largest_difference, lines
 from test_processes import free_port
-from test_survival import DiesAt
+from test_survival import DiesAt, half_written
 
 import s3pt.train as script
 from models import load_image_encoder
 from plumbing import run_folder
+from s3pt import crops
 
 SMALL = ["--encoder", "vit_mini8", "--crop", "32", "--local-crop", "16", "--hidden", "32",
          "--bottleneck", "32", "--prototypes", "64", "--image-size", "80", "160", "--batch", "4",
@@ -193,20 +195,29 @@ def test_two_processes_are_one(world, tmp_path):
 
 # ---- kills ---------------------------------------------------------------------------------------
 
-def killed_at(step, number, command):
-    """Run the command in a forked process that gets a signal in a step."""
+def prepare(moment, step):
+    """Patch this process so that it is killed, or told to stop, at this moment of its n-th step."""
+    if moment == "step":
+        script.check_finite = DiesAt(run_folder.check_finite, step)
+    elif moment == "data":
+        crops.decoded = DiesAt(crops.decoded, 4 * step - 1)
+    elif moment == "saving":
+        torch.save = half_written
+    else:
+        move = script.move_teacher
+
+        def told_to_stop(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return move(*args)
+        script.move_teacher = told_to_stop
+
+
+def attempt(command, moment, step):
+    """Run the command in a forked process with `prepare`; the status that it ends with."""
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        if number == signal.SIGKILL:
-            script.check_finite = DiesAt(run_folder.check_finite, step)
-        else:
-            move = script.move_teacher
-
-            def signalled(*args):
-                os.kill(os.getpid(), number)
-                return move(*args)
-            script.move_teacher = signalled
+        prepare(moment, step)
         try:
             script.main(command)
         except SystemExit as exit_:
@@ -217,11 +228,16 @@ def killed_at(step, number, command):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_bit_by_bit(world, runs, tmp_path):
-    """Killed in the second step, then in the third of what is left, then told to stop."""
+    """Killed at three moments of random steps, then told to stop: as the run that never was."""
     command = argv(world, tmp_path / "run", "s3pt", "--save-every", "0")
-    assert os.WTERMSIG(killed_at(2, signal.SIGKILL, command)) == signal.SIGKILL
-    assert os.WTERMSIG(killed_at(3, signal.SIGKILL, command)) == signal.SIGKILL
-    assert os.WEXITSTATUS(killed_at(0, signal.SIGTERM, command)) == 128 + signal.SIGTERM
+    rng = np.random.default_rng()
+    for moment in rng.permutation(["step", "data", "saving"]):
+        step = int(rng.integers(1, 3))
+        status = attempt(command, moment, step)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, step)
+    status = attempt(command, "told", 0)
+    if checkpoint_of(tmp_path / "run")["step"] < STEPS:
+        assert os.WEXITSTATUS(status) == 128 + signal.SIGTERM
     script.main(command)
     whole, pieces = checkpoint_of(runs / "s3pt"), checkpoint_of(tmp_path / "run")
     for part in ("student", "model", "teacher_head", "centers", "queue"):
