@@ -213,8 +213,8 @@ def load_image_encoder(name_or_path, weights=None, hub=None, feature=None, caref
 def _from_checkpoint(path, feature):
     content = read(path)
     if not isinstance(content, dict) or "kind" not in content:
-        raise InputError(f"--encoder {path}: no checkpoint of stage2.py; for a file of weights "
-                         f"give --encoder NAME too: --encoder NAME --weights {path}")
+        raise InputError(f"--encoder {path}: no checkpoint of stage2.py or s3pt.train; for a file "
+                         f"of weights give --encoder NAME too: --encoder NAME --weights {path}")
     check_kind(content, path, "image_encoder")
     say_if_unfinished(content, path)
     return encoder_of(content, path, feature)

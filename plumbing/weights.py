@@ -24,7 +24,7 @@ ALLOWED = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
            (NUMPY_NUMBER, "numpy._core.multiarray.scalar")]  # and in numpy 2
 LAYOUT = 2  # of the checkpoints that plumbing/atomic.py writes: count up when keys change
 WHO_WRITES = {  # kind of checkpoint: script
-    "point_encoder": "stage1.py", "image_encoder": "stage2.py",
+    "point_encoder": "stage1.py", "image_encoder": "stage2.py or s3pt.train",
     "probe": "probe.py or finetune.py", "segmenter": "s3pt.segmenter",
     "2d_head": "experiments.ablations 2d-head"}
 

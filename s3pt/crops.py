@@ -24,8 +24,8 @@ SOLARISE = 0.0, 0.2, 0.0
 class Views(NamedTuple):
     """Which crops a picture gives. Sizes are sides in pixels, scales parts of the picture's area.
 
-    patch: of the encoder. clusters: tokens drawn to begin clusters with; 0 for none, where no
-    positions are needed.
+    patch: of the encoder. blocks: of it, for which stochastic depth is drawn. clusters: tokens
+    drawn to begin clusters with; 0 for none, where no positions are needed.
     """
     crop: int = 224
     scale: tuple = (0.25, 1.0)
@@ -33,6 +33,7 @@ class Views(NamedTuple):
     local_crop: int = 96
     local_scale: tuple = (0.05, 0.25)
     patch: int = 16
+    blocks: int = 12
     clusters: int = 128
 
 
@@ -160,6 +161,7 @@ class Crops(Frames):
             None: no depths.
 
     An item is a dict: image uint8 [2, 3, S, S], the two global crops; local uint8 [L, 3, s, s];
+    draws [2 + L, blocks, 2] in [0, 1), of stochastic depth in each view (`vit.survivors`);
     and where there are clusters positions [2 P, 2] of the global crops' tokens, x and y in pixels
     of the raw picture, the first crop's first; depths [2 P] metres, NaN where unknown; start [M],
     the tokens that clusters begin with.
@@ -167,7 +169,7 @@ class Crops(Frames):
 
     def __init__(self, tables, views, depth=None, skip_bad=False, seed=0):
         super().__init__(tables, "all", skip_bad=skip_bad, seed=seed)
-        self.crops = views
+        self.sizes = views
         self.depth = depth
 
     def view(self, key):
@@ -176,7 +178,7 @@ class Crops(Frames):
         table = self.tables[which]
         if "bad" in table and table["bad"][frame]:
             raise InputError(f"{table.root}: {table['bad'][frame].decode()}")
-        views = self.crops
+        views = self.sizes
         raw_size = table["image_size"][frame, camera]
 
         # Where the crops are, before the picture is read: it need not be larger than they ask for
@@ -196,7 +198,8 @@ class Crops(Frames):
             kind = min(number, 2)
             crop = distorted(crop, rng, BLUR[kind], SOLARISE[kind])
             pixels.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
-        item = {"image": torch.stack(pixels[:2])}
+        draws = rng.random((len(boxes), views.blocks, 2), np.float32)
+        item = {"image": torch.stack(pixels[:2]), "draws": torch.from_numpy(draws)}
         if views.local_crops:
             item["local"] = torch.stack(pixels[2:])
         if not views.clusters:

@@ -12,6 +12,7 @@ import models
 from plumbing import training
 from s3pt.clustering import in_both_views, joint_clusters, objects_of
 from s3pt.objectives import Head
+from vit import survivors
 
 
 def networks_of(args, device):
@@ -24,8 +25,21 @@ def networks_of(args, device):
     encoder.spec |= {"image_size": encoder.check_size(args.image_size)}
     head = Head(encoder.row.arguments["dim"], args.hidden, args.bottleneck, args.prototypes,
                 args.objective != "dino", vmf=args.vmf, unit=args.unit_prototypes)
+    encoder.recompute(args.recompute)
     encoder = encoder.to(device).train()
     return encoder, Network(encoder.backbone, head).to(device)
+
+
+def stochastic_depth(draws, rate):
+    """Factors of the student's branches, for the global crops and for the small ones.
+
+    draws: [B, V, L, 2] of a batch's items. rate: of the last block. Returns: two of
+    [L, 2, V B], view by view, as `vit.survivors` gives them; None where nothing is left out.
+    """
+    if not rate:
+        return None, None
+    draws = draws.permute(2, 3, 1, 0)  # [L, 2, V, B]
+    return [survivors(part.flatten(2), rate) for part in (draws[:, :, :2], draws[:, :, 2:])]
 
 
 def view_by_view(encoder, crops):
@@ -42,12 +56,12 @@ class Network(nn.Module):
         self.head = head
 
     def look(self, crops, keep=(None, None)):
-        """Crops of a picture to their points and their tokens.
+        """Crops of a picture to their projections and their tokens.
 
         crops: normalised images [V B, 3, S, S] for each size, view by view, the two global views
         first. keep: factors of stochastic depth for each size, see `vit.survivors`.
-        Returns: the cls tokens' points [V B, p] of all V; the tokens [B, N, D] of the two global
-        views, joined, the first view's first.
+        Returns: the cls tokens' projections [V B, p] of all V views; the tokens [B, N, D] of the
+        two global views, joined, the first view's first.
         """
         of_sizes = [self.backbone.tokens(images, "norm", factors)
                     for images, factors in zip(crops, keep)]
@@ -57,7 +71,7 @@ class Network(nn.Module):
         return z, patches.transpose(0, 1).flatten(1, 2)
 
     def forward(self, crops, keep, assignment=None, valid=None):
-        """The student's points of the crops [V B, p], and of the teacher's objects [2, O, p].
+        """The student's projections of the crops [V B, p] and of the teacher's objects [2, O, p].
 
         assignment [B, N], valid [B, M]: as in `Seen`; without them there are no objects.
         """
@@ -72,12 +86,12 @@ class Network(nn.Module):
 
 class Seen(NamedTuple):
     """What the teacher makes of the two global crops; all but the first two is of objects."""
-    z: torch.Tensor                         # [2 B, p] points of the crops
+    z: torch.Tensor                         # [2 B, p] projections of the crops
     tokens: torch.Tensor                    # [B, N, D] of both crops, joined
     assignment: torch.Tensor | None = None  # [B, N] the cluster of each token
     valid: torch.Tensor | None = None       # [B, M] whether both crops show it: it is an object
     objects: torch.Tensor | None = None     # [2, O, D] features in each crop
-    z_objects: torch.Tensor | None = None   # [2, O, p] points
+    z_objects: torch.Tensor | None = None   # [2, O, p] projections
 
 
 @torch.no_grad()
@@ -100,8 +114,8 @@ def taught(teacher, images, batch, settings):
 def neighbors_of(seen, teacher, queue, epoch):
     """The nearest stored objects, and from which to learn; then the objects are stored themselves.
 
-    Returns: the teacher's points of them [2, O, p], mask [2, O]. In the first epoch there are none
-    (CrIBo).
+    Returns: the teacher's projections of them [2, O, p], mask [2, O]. In the first epoch nothing is
+    searched and the mask is empty (CrIBo).
     """
     objects = seen.objects
     everyone = training.gather_rows(objects.transpose(0, 1)).transpose(0, 1)  # [2, A, D]

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from plumbing.training import gather_rows, share, sum_over_processes
+from s3pt.clustering import in_float32
 
-AT_ONCE = 2**22  # logits in memory at the same time: 64 rows of 65 536 prototypes
+# Logits in memory at the same time: 64 rows of 65 536 prototypes on a CPU, 512 on a GPU
+AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
 
 
 # ---- von Mises-Fisher ----------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self, z, prototypes, temperature):
-        """Move the average to the teacher's points [R, p] of all processes, which all call this."""
+        """Move the average to the teacher's projections [R, p] of all processes. All call this."""
         count = sum_over_processes(torch.tensor(float(len(z)), device=z.device))
         if count == 0:
             return
@@ -129,7 +131,7 @@ class Center(nn.Module):
         total = torch.zeros_like(self.value)
         log_total = torch.full_like(self.value, -math.inf)
         layer = prototypes.layer(temperature)
-        for rows in in_parts(len(z), len(self.value)):
+        for rows in in_parts(z, len(self.value)):
             logits = F.linear(z[rows], *layer)  # [r, K]
             if self.kind == "logits":
                 total += logits.sum(0)
@@ -143,11 +145,10 @@ class Center(nn.Module):
         self.value.lerp_(mean, 1 - self.momentum)
 
 
-def in_parts(count, width):
-    """Slices of `count` rows, of such a length that a part has at most AT_ONCE numbers [r, width].
-    """
-    length = max(1, AT_ONCE // width)
-    return [slice(start, start + length) for start in range(0, count, length)]
+def in_parts(rows, width):
+    """Slices of the rows [R, ...] of which each gives at most AT_ONCE numbers [r, width]."""
+    length = max(1, AT_ONCE["cpu" if rows.device.type == "cpu" else "cuda"] // width)
+    return [slice(start, start + length) for start in range(0, len(rows), length)]
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def in_parts(count, width):
 class Target:
     """What the teacher says, for the rows of a student: made in parts, when they are asked for.
 
-    z: the teacher's points [R, p], or [R, n, p] for the mean of n answers. weights: [R] of the
+    z: the teacher's projections [R, p], or [R, n, p] for the mean of n answers. weights: [R] of the
     rows' cross-entropies in the loss.
     """
 
@@ -188,18 +189,21 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, z, weight, bias, targets):
         gradients = [torch.zeros_like(each) for each in (z, weight, bias)]
         parts = z.new_zeros(len(targets))
-        for rows in in_parts(len(z), len(weight)):
+        weighed = [bool(target.weights.any()) for target in targets]
+        for rows in in_parts(z, len(weight)):
             logits = F.linear(z[rows], weight, bias)   # [r, K]
             log_sum = logits.logsumexp(1)              # [r]
             grad = (logits - log_sum[:, None]).exp_()  # [r, K] softmax, then the gradient
             grad *= sum(target.weights[rows] for target in targets)[:, None]
             for number, target in enumerate(targets):
+                if not weighed[number]:  # as in the first epoch
+                    continue
                 probabilities = target.probabilities(rows)
                 entropies = log_sum - torch.linalg.vecdot(probabilities, logits)
                 parts[number] += target.weights[rows] @ entropies
                 grad -= probabilities * target.weights[rows, None]
             gradients[0][rows] = grad @ weight
-            gradients[1] += grad.T @ z[rows]
+            gradients[1].addmm_(grad.T, z[rows])  # in place: a product of its own is large
             gradients[2] += grad.sum(0)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(parts)
@@ -213,11 +217,11 @@ class _CrossEntropy(torch.autograd.Function):
 def prototype_loss(z, prototypes, temperature, targets):
     """The weighted sum of cross-entropies of a student's rows, and its parts.
 
-    z: the student's points [R, p]. prototypes: the student's. temperature: the student's.
+    z: the student's projections [R, p]. prototypes: the student's. temperature: the student's.
     targets: a list of `Target`; each is a term of the loss.
     Returns: (a scalar, the terms [len(targets)] without gradient), float32.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with in_float32(z):
         weight, bias = prototypes.layer(temperature)
         return _CrossEntropy.apply(z.float(), weight, bias, targets)
 
@@ -250,7 +254,7 @@ def crop_partners(views, batch, device=None):
 def crop_loss(z, seen, layers, center, temperatures):
     """Cross-entropy of a crop's answer and the teacher's to the other global crops (DINO).
 
-    z: the student's points [V B, p], view by view. seen: the teacher's [2 B, p], of global views.
+    z: the student's projections [V B, p], view by view. seen: the teacher's [2 B, p].
     layers, temperatures: prototypes and temperature of the student, then of the teacher.
     Returns: see `prototype_loss`; one term.
     """
@@ -262,7 +266,7 @@ def crop_loss(z, seen, layers, center, temperatures):
 
 
 def object_loss(z, seen, neighbors, mask, layers, center, temperatures):
-    """The two losses of objects (CrIBo). Points are [2, O, p]: of O objects in both global crops.
+    """The two losses of objects (CrIBo). Projections are [2, O, p], of O objects in both crops.
 
     Cross-view: the teacher's answer to the same object in the other crop. Cross-image: its answer
     to the stored object that is nearest to that one. A term is half the sum of both crops' means
@@ -272,15 +276,14 @@ def object_loss(z, seen, neighbors, mask, layers, center, temperatures):
     mask: [2, O] those to learn from. Others: see `crop_loss`.
     Returns: see `prototype_loss`; two terms, 0 where there is nothing to learn from.
     """
-    everyone = torch.ones_like(mask)
     targets = []
     with torch.no_grad():
-        for points, chosen in ((seen, everyone), (neighbors, mask)):
+        for answers, chosen in ((seen, torch.ones_like(mask)), (neighbors, mask)):
             shares = [share(count, z.device) / max(1, 2 * count)
                       for count in chosen.sum(1).tolist()]
             weights = chosen * torch.stack(shares)[:, None]  # [2, O]
             # The student's objects of one crop learn from the teacher's of the other
-            targets.append(Target(points.flip(0).flatten(0, 1), weights.flip(0).flatten(),
+            targets.append(Target(answers.flip(0).flatten(0, 1), weights.flip(0).flatten(),
                                   layers[1], center, temperatures[1]))
     return prototype_loss(z.flatten(0, 1), layers[0], temperatures[0], targets)
 
@@ -307,6 +310,13 @@ def parameter_groups(model, weight_decay):
     return groups
 
 
+def set_rates(optimizer, lr, weight_decay):
+    """Set the learning rate, and the decay of what decays, in `parameter_groups`."""
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def clip_each(parameters, most):
     """Shorten each parameter's gradient that is longer than `most`: for itself, as DINO does."""
     for parameter in parameters:
@@ -326,17 +336,18 @@ def drop_gradients(model, part):
 
 @torch.no_grad()
 def health(z, prototypes, center, temperature):
-    """Whether a teacher has collapsed, by its points [R, p] of a batch: {name: number} for the log.
+    """Whether a teacher has collapsed, by its projections [R, p]: {name: number} for the log.
 
-    The entropy of its mean answer is near 0 where it gives one prototype always. That of its single
-    answers is near log K where it does not decide. Both count as parts of log K. Prototypes in use
-    are the rows' likeliest ones; such as have a cosine of 0.9 with another count once.
+    The entropy of its mean answer is near 0 where it gives one prototype always; it is a part of
+    log min(K, R), the most that R sure answers have. That of its single answers is near 1, a part
+    of log K, where it does not decide. Prototypes in use are the rows' likeliest ones; such as have
+    a cosine of 0.9 with another count once.
     """
     target = Target(z, None, prototypes, center, temperature)
     mean = torch.zeros_like(center.value)
     entropy = 0.0
     used = []
-    for rows in in_parts(len(z), len(mean)):
+    for rows in in_parts(z, len(mean)):
         probabilities = target.probabilities(rows)
         mean += probabilities.sum(0) / len(z)
         entropy += torch.special.entr(probabilities).sum().item() / len(z)
@@ -345,9 +356,9 @@ def health(z, prototypes, center, temperature):
     directions = F.normalize(prototypes.weight_v[used], dim=1)
     again = (directions @ directions.T).tril(-1) >= 0.9
     lengths = prototypes.weight_g.abs()
-    most = math.log(len(mean))
+    most = math.log(min(len(mean), max(2, len(z))))
     return {"entropy_of_mean": torch.special.entr(mean).sum().item() / most,
-            "mean_entropy": entropy / most,
+            "mean_entropy": entropy / math.log(len(mean)),
             "prototypes_used": len(used) - int(again.any(1).sum()),
             "prototype_norms": [lengths.min().item(), lengths.median().item(),
                                 lengths.max().item()]}

@@ -24,15 +24,14 @@ from plumbing import training
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import of_frames
 from plumbing.run_folder import Log, Saver, check_finite, find_last
-from readers.table import open_tables
+from readers.table import hold_out, open_tables
 from s3pt.clustering import Clustering, Queue
 from s3pt.crops import Crops, Views, collate
 from s3pt.depth import FolderDepth, LidarDepth
-from s3pt.networks import neighbors_of, networks_of, taught, view_by_view
+from s3pt.networks import neighbors_of, networks_of, stochastic_depth, taught, view_by_view
 from s3pt.objectives import (Center, clip_each, crop_loss, drop_gradients, health, move_teacher,
-                             object_loss, parameter_groups)
+                             object_loss, parameter_groups, set_rates)
 from s3pt.settings import parse
-from vit import survivors
 
 LOSSES = "global_cross_view", "object_cross_view", "object_cross_image"
 
@@ -43,15 +42,16 @@ def depth_of(args, tables):
 
     Sets --beta to 0 where nothing has LiDAR. Raises InputError where it was given.
     """
+    given = vars(args).pop("beta_given")  # no argument of the run
     if not args.beta:
         return None
     if args.depth_maps:
         source = FolderDepth(args.depth_maps)
-        source.check(tables)
+        training.by_first_process(lambda: source.check(tables))
         return source
     if any("scan" in table for table in tables):
         return LidarDepth(args.depth_fill)
-    if args.beta_given:
+    if given:
         raise InputError(f"--beta {args.beta:g}: no frame of --data {args.data} has LiDAR; give "
                          "--depth-maps, or --beta 0")
     say(f"--data {args.data}: no LiDAR, so --beta 0")
@@ -59,18 +59,25 @@ def depth_of(args, tables):
     return None
 
 
-def pictures_of(args, row):
-    """The pictures as `Crops`, and their tables."""
+def tables_of(args):
+    """The tables of --data in each --version, those without versions once."""
+    found = {}
     with training.first_process_first():
-        tables = []
         for version in args.version or [None]:
-            tables += open_tables(args.data, version, look=False)
+            for table in open_tables(args.data, version, look=False):
+                found.setdefault((table.name, table.root, str(table.options)), table)
+    tables = hold_out(list(found.values()), args.val_scenes)
     for table in tables:
         say(table.summary())
+    return tables
+
+
+def pictures_of(args, encoder):
+    """The pictures as `Crops`, and their tables."""
     skip_bad = args.on_bad_frame == "skip"
-    tables = select(tables, args.split, None, args.limit, args.percent, skip_bad)
+    tables = select(tables_of(args), args.split, None, args.limit, args.percent, skip_bad)
     views = Views(args.crop, args.scale, args.local_crops, args.local_crop, args.local_scale,
-                  row.patch_size, args.clusters or 0)
+                  encoder.patch_size, len(encoder.backbone.blocks), args.clusters or 0)
     pictures = Crops(tables, views, depth_of(args, tables), skip_bad, args.seed)
     say(f"{len(pictures)} pictures of split {args.split}, {args.percent} % of the scenes")
     return pictures, tables
@@ -80,60 +87,63 @@ def clustering_of(args, dim, device):
     """How objects are found, and where those of other pictures are kept; DINO has neither."""
     if args.objective == "dino":
         return None, None
-    settings = Clustering(args.rounds, args.sinkhorn_steps, args.sinkhorn_lambda, args.alpha,
-                          args.beta, args.marginal)
+    settings = Clustering(*(getattr(args, name) for name in Clustering._fields))
     return settings, Queue(args.queue, dim, device)
+
+
+def centers_of(args):
+    """The teacher's centre for crops and, but for DINO, that for objects."""
+    count = 1 if args.objective == "dino" else 2
+    return nn.ModuleList(Center(args.prototypes, args.center, args.center_momentum)
+                         for _ in range(count))
 
 
 # ---- schedules -----------------------------------------------------------------------------------
 
 def schedules(args, step, total, per_epoch):
     """What changes in training, at a step: {name: number}. All but the temperature are DINO's."""
-    warmup = min(args.warmup_epochs * per_epoch, total // 10)
+    warmup = warmup_of(args, total, per_epoch)
     peak = args.lr * args.batch / 256
     lr = peak * step / max(1, warmup - 1)  # the warm-up's last step has the peak already
     if step >= warmup:
         lr = training.cosine(step - warmup, total - warmup, peak, args.end_lr)
+    # By epoch, from the first to the last temperature
     epoch = step // per_epoch
-    part = min(1, epoch / max(1, args.temp_epochs - 1))
+    part = 1 if epoch >= args.temp_epochs else epoch / max(1, args.temp_epochs - 1)
     first, last = args.first_teacher_temp, args.teacher_temp
     return {"lr": lr, "teacher_temp": first + part * (last - first),
             "weight_decay": training.cosine(step, total, args.weight_decay, args.end_weight_decay),
             "momentum": training.cosine(step, total, args.momentum, 1.0)}
 
 
-def stochastic_depth(args, keys, backbone, device):
-    """Factors of the student's branches for the global crops and the small ones: see `survivors`.
-
-    keys: of the batch's items, of which the draws are functions.
-    """
-    if not args.drop_path:
-        return None, None
-    depth = len(backbone.blocks)
-    views = 2 + args.local_crops
-    draws = training.draws(keys, args.seed, views * 2 * depth).to(device)
-    draws = draws.unflatten(0, (views, depth, 2)).permute(1, 2, 0, 3)  # [depth, 2, V, B]
-    return [survivors(part.flatten(2), args.drop_path) for part in (draws[:, :, :2],
-                                                                    draws[:, :, 2:])]
+def warmup_of(args, total, per_epoch):
+    """Steps of the learning rate's warm-up."""
+    return min(args.warmup_epochs * per_epoch, total // 10)
 
 
 # ---- what to look at -----------------------------------------------------------------------------
 
-def condition(seen, mask, batch, teacher, center, temperature):
-    """How the teacher does, by the last batch of an epoch: {name: number} for the log."""
-    found = health(seen.z, teacher.head.last_layer, center, temperature)
+def checkup(seen, mask, batch, teacher, center, temperature):
+    """How the teacher does, by the last batch of an epoch: {name: number} for the log.
+
+    All processes must call it. The spread is that of this process's tokens.
+    """
+    z = training.gather_rows(seen.z)
+    found = health(z, teacher.head.last_layer, center, temperature)
     found |= feature_spread(seen.tokens.flatten(0, 1))
-    if seen.assignment is not None:
-        in_use = torch.zeros_like(seen.valid).scatter(1, seen.assignment, True)
-        found |= {"clusters": in_use.sum(1).float().mean().item(),
-                  "objects": seen.valid.sum(1).float().mean().item(),
-                  "cycle_consistent": mask.float().mean().item() if mask.numel() else 0.0,
-                  "tokens_with_depth": batch["depths"].isfinite().float().mean().item()}
+    if seen.assignment is None:
+        return found
+    in_use = torch.zeros_like(seen.valid).scatter(1, seen.assignment, True)
+    depths = batch["depths"].isfinite()
+    for name, values in (("clusters", in_use.sum(1)), ("objects", seen.valid.sum(1)),
+                         ("cycle_consistent", mask.flatten()), ("tokens_with_depth", depths)):
+        everywhere = training.gather_rows(values.float())
+        found[name] = everywhere.mean().item() if len(everywhere) else 0.0
     return found
 
 
 def say_if_collapsed(found, done, bar, early):
-    """Whether `condition` says that the encoder collapses; if so, a line. early: in the warm-up."""
+    """Whether `checkup` says that the encoder collapses; if so, a line. early: in the warm-up."""
     wrong = {"entropy_of_mean": found["entropy_of_mean"] < 0.1,
              "mean_entropy": found["mean_entropy"] > 0.99,
              "feature_variance": found["feature_variance"] < 0.01,
@@ -158,14 +168,13 @@ def main(argv=None):
     encoder, student = networks_of(args, device)
     teacher = deepcopy(student).requires_grad_(False)
     model = training.distribute(student, device)
-    centers = nn.ModuleList(Center(args.prototypes, args.center, args.center_momentum)
-                            for _ in range(2)).to(device)
+    centers = centers_of(args).to(device)
     # Prototypes of crops and of objects, the student's and the teacher's
     layers = [(getattr(student.head, name), getattr(teacher.head, name))
               for name in ("last_layer", "last_layer_c")]
 
     # ---- data ----
-    pictures, tables = pictures_of(args, encoder.row)
+    pictures, tables = pictures_of(args, encoder)
     settings, queue = clustering_of(args, encoder.row.arguments["dim"], device)
 
     # ---- resume: a run of the same arguments and frames goes on ----
@@ -191,18 +200,17 @@ def main(argv=None):
     log = Log(args.out, device, student, checkpoint, pictures.frame_count(), names)
     saver = Saver(args, batches.per_epoch, total)
     told, mask = bool(checkpoint and checkpoint["told"]), None
+    checkpoint = None  # it is as large as all that was made of it
     bar = tqdm(loader, "s3pt", initial=first, total=total, disable=training.rank() > 0,
                mininterval=2)
     for step, batch in saver.guard(enumerate(bar, first)):
         epoch = step // batches.per_epoch
         now = schedules(args, step, total, batches.per_epoch)
-        optimizer.param_groups[0]["weight_decay"] = now["weight_decay"]
-        for group in optimizer.param_groups:
-            group["lr"] = now["lr"]
+        set_rates(optimizer, now["lr"], now["weight_decay"])
         temperatures = args.student_temp, now["teacher_temp"]
         batch = training.to_device(batch, device)
         crops = [view_by_view(encoder, batch[name]) for name in ("image", "local") if name in batch]
-        keep = stochastic_depth(args, batches.of(step), student.backbone, device)
+        keep = stochastic_depth(batch["draws"], args.drop_path)
         with training.autocast(device, args.precision):
             seen = taught(teacher, crops[0], batch, settings)
             z, z_objects = model(crops, keep, seen.assignment, seen.valid)
@@ -231,8 +239,9 @@ def main(argv=None):
         if done % 50 == 0:
             bar.set_postfix(loss=f"{log.mean():.3f}", lr=f"{now['lr']:.1e}", refresh=False)
         if done % batches.per_epoch == 0 or done == total:
-            found = condition(seen, mask, batch, teacher, centers[0], temperatures[1])
-            told = told or say_if_collapsed(found, done, bar, epoch < args.warmup_epochs)
+            found = checkup(seen, mask, batch, teacher, centers[0], temperatures[1])
+            early = done <= warmup_of(args, total, batches.per_epoch)
+            told = told or say_if_collapsed(found, done, bar, early)
             log.write(epoch=epoch + 1, step=done, split=args.split, **now, **found)
         if saver.due(done):
             saver.save({name: part.state_dict() for name, part in parts.items()} | {

@@ -106,7 +106,19 @@ def test_colours_change_and_places_stay():
     assert 1 <= len(grey) <= 15  # one in five
 
 
-def test_the_second_crop_alone_is_solarised_and_the_first_always_blurred():
+def test_each_kind_of_crop_has_its_probabilities_of_blur_and_solarisation(tables, monkeypatch):
+    """DINO's: the first crop, the second, the small ones."""
+    asked = []
+
+    def noted(image, rng, blur, solarise):
+        asked.append((blur, solarise))
+        return image
+    monkeypatch.setattr(s3pt.crops, "distorted", noted)
+    Crops(tables, VIEWS)[0, 0]
+    assert asked == [(1.0, 0.0), (0.1, 0.2), (0.5, 0.0), (0.5, 0.0), (0.5, 0.0)]
+
+
+def test_blur_mixes_neighbours_and_solarisation_turns_the_light():
     edge = np.zeros((40, 40, 3), np.uint8)
     edge[:, 20:] = 255
     image = Image.fromarray(edge)
@@ -115,7 +127,6 @@ def test_the_second_crop_alone_is_solarised_and_the_first_always_blurred():
     assert 0 < between.min() < 255
     solarised = np.array(distorted(image, np.random.default_rng(3), 0, 1))
     assert solarised[:, 30].max() < 128  # 255 becomes 0, if it was not darkened below 128
-    assert s3pt.crops.BLUR == (1.0, 0.1, 0.5) and s3pt.crops.SOLARISE == (0.0, 0.2, 0.0)
 
 
 # ---- items ---------------------------------------------------------------------------------------
@@ -130,6 +141,23 @@ def everywhere(table, frame, camera):
     depths = np.zeros((80, 160), np.float32)
     depths[:, :80] = 10
     return depths
+
+
+def test_an_items_crops_are_where_its_positions_say(tmp_path, monkeypatch):
+    """Of a picture whose red is its column and whose green is its row."""
+    y, x = np.mgrid[:200, :240].astype(np.uint8)
+    Image.fromarray(np.stack([x, y, 0 * x], -1)).save(tmp_path / "places.png")
+    monkeypatch.setattr(s3pt.crops, "distorted", lambda image, *_: image)
+    crops = Crops(open_tables(f"pictures={tmp_path}"), VIEWS)
+    turned = set()
+    for epoch in range(8):
+        item = crops[epoch, 0]
+        for image, positions in zip(item["image"], item["positions"].split(64)):
+            pixels = image[:2].permute(1, 2, 0).double().numpy()  # [64, 64, 2]
+            found = patch_means(pixels, 8)
+            assert np.abs(found - positions.numpy()).max() < 1
+            turned.add(bool(positions[0, 0] > positions[7, 0]))
+    assert turned == {False, True}
 
 
 def test_an_item_has_two_large_crops_small_ones_and_their_tokens(tables):
@@ -150,7 +178,7 @@ def test_an_item_has_two_large_crops_small_ones_and_their_tokens(tables):
 def test_without_a_source_of_depths_all_are_missing_and_without_clusters_there_are_none(tables):
     assert Crops(tables, VIEWS)[0, 0]["depths"].isnan().all()
     item = Crops(tables, VIEWS._replace(clusters=0, local_crops=0))[0, 0]
-    assert list(item) == ["image"]
+    assert list(item) == ["image", "draws"]
 
 
 def test_items_are_functions_of_seed_epoch_and_number(tables):
@@ -185,6 +213,19 @@ def test_a_picture_that_cannot_be_read_is_named_or_replaced(world, tmp_path):
     item = Crops(tables, VIEWS, skip_bad=True)[0, 2]
     assert torch.equal(item["image"], crops[0, 3]["image"])
     assert path.name in collate([item])["bad"][0][1]
+
+
+def test_a_picture_without_depths_is_replaced_where_bad_frames_are_skipped(tables):
+    """As where no point of its scan is in view."""
+    def depth(table, frame, camera):
+        if frame == tables[0].rows[2]:
+            raise InputError("no LiDAR point of its scan is in view")
+        return everywhere(table, frame, camera)
+    with pytest.raises(InputError, match="no LiDAR point"):
+        Crops(tables, VIEWS, depth)[0, 2]
+    item = Crops(tables, VIEWS, depth, skip_bad=True)[0, 2]
+    assert torch.equal(item["image"], Crops(tables, VIEWS, depth)[0, 3]["image"])
+    assert "no LiDAR point" in item["bad"][0][1]
 
 
 def test_a_large_jpeg_is_decoded_no_larger_than_its_crops_need(tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def plainly(z, layer, temperature, targets):
 
 @pytest.mark.parametrize("at_once", [300, 10**6])
 def test_value_and_gradients_are_those_of_the_plain_formula(monkeypatch, at_once):
-    monkeypatch.setattr(objectives, "AT_ONCE", at_once)
+    monkeypatch.setattr(objectives, "AT_ONCE", {"cpu": at_once})
     student, teacher = (Prototypes(32, 100, vmf=True) for _ in range(2))
     student.weight_g.data.uniform_(0.5, 2)
     center = Center(100, "probability")

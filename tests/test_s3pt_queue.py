@@ -64,16 +64,6 @@ def test_the_search_is_by_direction_and_each_view_searches_its_own_half():
     torch.testing.assert_close(swapped[0], first.flip(0), atol=0, rtol=0)
 
 
-def test_a_step_does_not_find_what_it_adds_later():
-    queue = Queue(8, 1, "cpu")
-    add(queue, [1], 5)
-    own = objects(7, -7)
-    found = queue.stored(queue.search(own))
-    assert found[0].flatten().tolist() == [5, 5]
-    queue.add(own, torch.tensor([2]))
-    assert found[0].flatten().tolist() == [5, 5]
-
-
 E1, E2, E3 = torch.eye(3)
 
 

@@ -2,6 +2,8 @@
 import pytest
 
 from plumbing.errors import InputError
+from s3pt.clustering import Clustering
+from s3pt.crops import Views
 from s3pt.settings import parse
 
 # Tables 5, 6 and 7, as they are printed: ViT-S, ViT-B
@@ -41,6 +43,14 @@ def test_the_defaults_are_the_papers_tables(objective):
         assert {name: found[name] for name in of_table} == of_table, encoder
 
 
+def test_the_defaults_of_crops_and_clusters_are_the_scripts():
+    args = parsed()
+    assert Clustering(*(getattr(args, name) for name in Clustering._fields)) == Clustering()
+    settled = {name: getattr(args, name) for name in Views._fields if hasattr(args, name)}
+    settled = {name: tuple(v) if isinstance(v, list) else v for name, v in settled.items()}
+    assert {name: getattr(Views(), name) for name in settled} == settled and len(settled) >= 6
+
+
 def test_the_bare_command_is_s3pt_with_vit_small():
     assert vars(parsed()) == vars(parsed("--objective", "s3pt", "--encoder", "vit_small16"))
     assert parsed().split == "all"
@@ -78,8 +88,12 @@ REFUSED = {
     "--objective dino --clusters 8": "--clusters: --objective dino has no objects",
     "--objective dino --depth-maps d": "--depth-maps: --objective dino has no objects",
     "--depth-maps d --beta 0": "--beta 0 makes no use",
+    "--depth-fill fast --objective cribo": "--depth-fill: --beta 0 makes no use",
+    "--depth-fill extended --depth-maps d": "--depth-fill: --depth-maps are complete",
+    "--local-crop 64": "--local-crop: there are no --local-crops",
+    "--local-scale 0.1 0.2": "--local-scale: there are no --local-crops",
     "--scale 0.5 0.2": "smaller one comes first",
-    "--local-scale 0.5 0.2": "smaller one comes first",
+    "--local-crops 2 --local-scale 0.5 0.2": "smaller one comes first",
     "--scale 0.5 1.2": "--scale 1.2",
     "--bottleneck 16": "--no-vmf",
     "--queue 100": "smaller than --batch 256",

@@ -3,10 +3,12 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from runs import checkpoint_of, fails_with_one_line, largest_difference, lines
 from test_processes import free_port
 from test_survival import DiesAt, half_written
@@ -16,11 +18,13 @@ from models import load_image_encoder
 from plumbing import run_folder
 from s3pt import crops
 
-SMALL = ["--encoder", "vit_mini8", "--crop", "32", "--local-crop", "16", "--hidden", "32",
+pytestmark = pytest.mark.slow  # each test is a run, or reads those of three
+SMALL = ["--encoder", "vit_mini8", "--crop", "32", "--hidden", "32",
          "--bottleneck", "32", "--prototypes", "64", "--image-size", "80", "160", "--batch", "4",
          "--warmup-epochs", "0", "--workers", "0", "--device", "cpu", "--precision", "fp32"]
 OBJECTS = ["--clusters", "8", "--queue", "8", "--freeze-epochs", "1"]
-OBJECTIVES = {"dino": ["--local-crops", "2"], "cribo": OBJECTS, "s3pt": OBJECTS}
+OBJECTIVES = {"dino": ["--local-crops", "2", "--local-crop", "16"], "cribo": OBJECTS,
+              "s3pt": OBJECTS}
 STEPS = 5  # an epoch of the 14 pictures has three
 
 
@@ -89,14 +93,75 @@ def test_prototypes_stay_in_the_epochs_in_which_they_are_frozen(world, runs, tmp
 
 
 def test_a_run_begins_with_given_weights(world, runs, tmp_path):
-    weights = {f"teacher.backbone.{name}": value
-               for name, value in checkpoint_of(runs / "s3pt")["model"].items()}
-    torch.save({"teacher": {name.removeprefix("teacher."): value
-                            for name, value in weights.items()}}, tmp_path / "theirs.pth")
+    """In the names of DINO's and CrIBo's training checkpoints."""
+    theirs = {f"module.backbone.{name}": value
+              for name, value in checkpoint_of(runs / "s3pt")["model"].items()}
+    for name in ("mlp.0.weight", "last_layer.weight_g", "last_layer_c.weight_v"):
+        theirs[f"module.head.{name}"] = torch.zeros(3)
+    torch.save({"student": {}, "teacher": theirs, "epoch": 3}, tmp_path / "theirs.pth")
     script.main(argv(world, tmp_path / "run", "s3pt", "--weights", str(tmp_path / "theirs.pth"),
                      "--lr", "1e-9", "--end-lr", "0", "--steps", "1"))
     began = checkpoint_of(tmp_path / "run")["model"]
     assert largest_difference(began, checkpoint_of(runs / "s3pt")["model"]) < 1e-6
+
+
+def test_centres_are_the_mean_answers_of_the_teacher(world, tmp_path):
+    """After one step that moves no weight, with a momentum of 0, by the step's own pictures."""
+    command = argv(world, tmp_path / "run", "s3pt", "--steps", "1", "--lr", "1e-12", "--end-lr",
+                   "0", "--center-momentum", "0", "--drop-path", "0")
+    script.main(command)
+    content = checkpoint_of(tmp_path / "run")
+    args = script.parse("", command)
+    encoder, teacher = script.networks_of(args, torch.device("cpu"))
+    teacher.backbone.load_state_dict(content["model"])
+    teacher.head.load_state_dict(content["teacher_head"])
+    pictures, _ = script.pictures_of(args, encoder)
+    keys = script.training.Batches(len(pictures), 4, 0, 1, args.seed).of(0)
+    batch = script.training.to_device(script.collate([pictures[key] for key in keys]), "cpu")
+    images = script.view_by_view(encoder, batch["image"])
+    settings, _ = script.clustering_of(args, 96, "cpu")
+    seen = script.taught(teacher, images, batch, settings)
+    for number, rows, layer in ((0, seen.z, teacher.head.last_layer),
+                                (1, seen.z_objects.flatten(0, 1), teacher.head.last_layer_c)):
+        mean = layer(rows, 0.04).softmax(1).mean(0)
+        found = content["centers"][f"{number}.value"].exp()
+        assert torch.allclose(found, mean, rtol=1e-3, atol=1e-6)
+
+
+def test_a_collapse_is_said_once_and_not_in_the_warm_up(world, tmp_path, monkeypatch):
+    asked = []
+
+    def said(found, done, bar, early):
+        asked.append((done, early))
+        return done == 2
+    monkeypatch.setattr(script, "say_if_collapsed", said)
+    script.main(argv(world, tmp_path / "run", "dino", "--limit", "4", "--steps", "20",
+                     "--warmup-epochs", "1"))
+    assert asked == [(1, True), (2, False)]  # then it has been said
+    assert checkpoint_of(tmp_path / "run")["told"]
+
+
+def test_the_signs_of_a_collapse():
+    found = {"entropy_of_mean": 0.01, "mean_entropy": 0.5, "feature_variance": 0.5,
+             "effective_rank": 9.0}
+    said = []
+    bar = SimpleNamespace(write=said.append)
+    assert script.say_if_collapsed(found, 7, bar, early=False)
+    assert said[-1].startswith("step 7: the encoder collapses, entropy_of_mean 0.01; try a lower")
+    assert not script.say_if_collapsed(found, 7, bar, early=True)
+    assert not script.say_if_collapsed(found | {"entropy_of_mean": 0.9}, 7, bar, early=False)
+    for name, value in (("mean_entropy", 0.995), ("feature_variance", 0.001),
+                        ("effective_rank", 1.2)):
+        assert script.say_if_collapsed(found | {"entropy_of_mean": 0.9, name: value}, 7, bar, False)
+        assert name in said[-1]
+
+
+def test_a_folder_of_night_and_day_is_enough(tmp_path):
+    root = SHARED / "real" / "pictures"
+    if not root.is_dir():
+        pytest.skip("no real pictures here")
+    script.main(argv(f"pictures={root}", tmp_path / "run", "s3pt", "--steps", "2"))
+    assert lines(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_pictures_without_lidar_have_no_depth(world, tmp_path, capsys):
@@ -161,36 +226,66 @@ def test_schedules_at_steps_computed_by_hand():
 
 # ---- two processes -------------------------------------------------------------------------------
 
+# Two steps of an epoch of their own each, so that the queue is searched
+TWO = ["--limit", "4", "--steps", "2", "--freeze-epochs", "0"]
+
+
+def without_key_bias(state):
+    """A state dict without the biases of keys.
+
+    Such a bias moves all scores of a query alike: its gradient is rounding, and AdamW makes a step
+    of it.
+    """
+    state = {name: value.clone() for name, value in state.items()}
+    for name, value in state.items():
+        if name.endswith("qkv.bias"):
+            value[96:192] = 0
+    return state
+
+
 def one_of_two(rank, world, port, out, cache):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank),
                    "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "XDG_CACHE_HOME": cache}
     torch.set_num_threads(1)
     for objective in OBJECTIVES:
-        script.main(argv(world, out / objective, objective, "--steps", "2"))
+        script.main(argv(world, out / objective, objective, *TWO))
+    # And a run that is told to stop in its first step
+    move = script.move_teacher
+
+    def told_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return move(*arguments)
+    script.move_teacher = told_to_stop
+    script.main(argv(world, out / "stopped", "s3pt", *TWO))
 
 
-@pytest.mark.slow
 def test_two_processes_are_one(world, tmp_path):
     for objective in OBJECTIVES:
-        script.main(argv(world, tmp_path / "one" / objective, objective, "--steps", "2"))
+        script.main(argv(world, tmp_path / "one" / objective, objective, *TWO))
     args = (str(world), free_port(), tmp_path / "two", os.environ["XDG_CACHE_HOME"])
-    torch.multiprocessing.spawn(one_of_two, args, nprocs=2)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as stopped:
+        torch.multiprocessing.spawn(one_of_two, args, nprocs=2)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
     for objective in OBJECTIVES:
         one, two = (checkpoint_of(tmp_path / name / objective) for name in ("one", "two"))
-        for state in (one, two):
-            # A key's bias moves all scores of a query alike: its gradient is rounding, and AdamW
-            # makes a step of it
-            for name in state["student"]:
-                if name.endswith("qkv.bias"):
-                    state["student"][name][96:192] = 0
         for part in ("student", "model", "teacher_head", "centers"):
-            assert largest_difference(one[part], two[part]) < 1e-6, (objective, part)
+            found = largest_difference(*(without_key_bias(state[part]) for state in (one, two)))
+            assert found < 1e-6, (objective, part)
         if objective != "dino":
             assert largest_difference(one["queue"], two["queue"]) < 1e-5
-        losses = [lines(tmp_path / name / objective)[0]["loss"] for name in ("one", "two")]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        first, second = (lines(tmp_path / name / objective) for name in ("one", "two"))
+        for a, b in zip(first, second, strict=True):
+            for name in ("loss", "entropy_of_mean", "mean_entropy"):
+                assert a[name] == pytest.approx(b[name], rel=1e-5), name
+        if objective != "dino":
+            assert first[-1]["cycle_consistent"] == pytest.approx(second[-1]["cycle_consistent"])
+            assert first[-1]["loss_of"]["object_cross_image"] > 0
     # What two processes began, one goes on with
-    script.main(argv(world, tmp_path / "two" / "s3pt", "s3pt", "--steps", "2"))
+    assert checkpoint_of(tmp_path / "two/stopped")["step"] == 1
+    script.main(argv(world, tmp_path / "two/stopped", "s3pt", *TWO))
+    assert largest_difference(without_key_bias(checkpoint_of(tmp_path / "two/stopped")["student"]),
+                              without_key_bias(checkpoint_of(tmp_path / "one/s3pt")["student"])
+                              ) < 1e-6
 
 
 # ---- kills ---------------------------------------------------------------------------------------
@@ -226,7 +321,6 @@ def attempt(command, moment, step):
     return os.waitpid(pid, 0)[1]
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_bit_by_bit(world, runs, tmp_path):
     """Killed at three moments of random steps, then told to stop: as the run that never was."""
     command = argv(world, tmp_path / "run", "s3pt", "--save-every", "0")
@@ -246,7 +340,6 @@ def test_a_run_that_is_killed_goes_on_bit_by_bit(world, runs, tmp_path):
         [line["loss"] for line in lines(runs / "s3pt")], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_is_cut_short_costs_some_steps_only(world, runs, tmp_path, capsys):
     shutil.copytree(runs / "s3pt", tmp_path / "run")
     path = tmp_path / "run/last.pth"
