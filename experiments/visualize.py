@@ -6,10 +6,12 @@
     python -m experiments.visualize segmentation runs/probe-seg runs/probe-seg-cd
     python -m experiments.visualize correlation --encoder runs/s1 --data /data/nuscenes
     python -m experiments.visualize prototypes --encoder runs/s1 --data /data/nuscenes
+    python -m experiments.visualize clusters --encoder runs/s3pt --data /data/nuscenes
+    python -m experiments.visualize losses runs/cribo runs/s3pt
 
 They are Fig. 4 (pca), 3 and C.2 (tsne), A (depth) and B (segmentation) of the collaborative-
-distillation paper, and Fig. 1 (correlation) and 3 (prototypes) of ScaLR, up to 7 inches wide at 300
-dots an inch. All are of the validation split. The same arguments give the same picture.
+distillation paper, Fig. 1 (correlation) and 3 (prototypes) of ScaLR, and s3pt_figures.py's of S3PT;
+up to 7 inches wide, 300 dots an inch, of the validation split. Same arguments, same picture.
 """
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 import models
 from data import Frames, as_tensor, collate, select, set_sampling
 from eval import are_own_frames, check_classes, data_given, data_of, load_probe
+from experiments import s3pt_figures
 from experiments.figures import (MARKERS, STYLE, figure_pca, figure_probes, figure_similarity,
                                  figure_tsne)
 from plumbing import training
@@ -77,10 +80,7 @@ def class_numbers(table, flag, names, default):
 # ---- images -------------------------------------------------------------------------------------
 
 def views(table, size, count=1, target=None):
-    """Items of `Frames`: `count` validation views of each condition that is there.
-
-    They are of the first camera, and spread evenly over the condition's frames.
-    """
+    """Items of `Frames`: for each condition `count` views of the first camera, evenly spread."""
     items = []
     for name in conditions_there(table):
         chosen = select([table], "val", name and [name], count)
@@ -225,6 +225,7 @@ def parse(argv=None):
     images, probes = ("pca", "tsne"), ("segmentation", "depth")
     scans = ("correlation", "prototypes")
     parsers = {name: figures.add_parser(name) for name in images + probes + scans}
+    parsers |= s3pt_figures.add_parsers(figures)
 
     def add(names, flag, **options):
         for name in names:
@@ -246,8 +247,7 @@ def parse(argv=None):
     data = "NAME=PATH; NAME is a file of readers/"
     add(images + scans, "--data", required=True, help=f"{data} (a bare path: nuscenes)")
     add(images + scans, "--version",
-        help="version folder of nuScenes or nuImages (default: v1.0-trainval; v1.0-train and "
-             "v1.0-val)")
+        help="version folder (default: v1.0-trainval; of nuImages v1.0-train and v1.0-val)")
     add(probes, "--data", help=f"{data} (default: the first probe's)")
     add(probes, "--version", help="version folder of the root (default: the first probe's)")
 
@@ -292,8 +292,7 @@ def one_size(sizes, paths):
     if len(sizes) > 1:
         raise InputError(f"{', '.join(paths)}: trained on different image sizes, "
                          f"{' and '.join(map(str, sorted(sizes)))}")
-    size, = sizes
-    return size
+    return min(sizes)
 
 
 def draw_images(args, device):
@@ -387,7 +386,8 @@ def main(argv=None):
     device = training.start(args)
     out = Path(args.out or f"{args.figure}.png")
     draw = {"pca": draw_images, "tsne": draw_images, "segmentation": draw_probes,
-            "depth": draw_probes, "correlation": draw_scans, "prototypes": draw_scans}
+            "depth": draw_probes, "correlation": draw_scans, "prototypes": draw_scans,
+            **s3pt_figures.FIGURES}
     from matplotlib import rc_context  # here: it takes long to import
     with rc_context(STYLE):
         figure = draw[args.figure](args, device)

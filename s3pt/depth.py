@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import convolve1d, maximum_filter, maximum_filter1d, median_filter
-from scipy.ndimage import minimum_filter
+from scipy.ndimage import (convolve1d, maximum_filter, maximum_filter1d, median_filter,
+                           minimum_filter)
 
 from data import nearest_per_pixel, project
 from plumbing.errors import InputError
