@@ -226,7 +226,8 @@ def encoder_of(checkpoint, path, feature=None):
     row = _row(spec["name"])
     backbone = _architecture(row)
     load_strictly(backbone, checkpoint["model"], path)
-    spec = spec | {"name": row.name, "feature": _feature(row, feature or spec["feature"])}
+    spec = {"name": row.name, "feature": _feature(row, feature or spec["feature"]),
+            "image_size": spec["image_size"]}
     return ImageEncoder(backbone, spec).eval()
 
 
@@ -274,8 +275,7 @@ def _feature(row, feature):
 
 
 def _architecture(row, device="meta"):
-    """The backbone of a row, with random weights; on "meta" `load_state_dict` has to bring all."""
-    # On "meta" weights take neither time nor memory
+    """The backbone of a row, its weights random; on "meta", in no time, all are yet to be loaded."""
     with torch.device(device):
         backbone = row.network(row.patch_size, **row.arguments)
     return backbone.to_empty(device="cpu") if device == "meta" else backbone

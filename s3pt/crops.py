@@ -95,13 +95,14 @@ def token_depths(depths, raw_size, box, flipped, grid):
     down, right = np.array(depths.shape) / raw_size
     above, below = _pixels_between(top * down, h * down, grid[0], len(depths))
     first, last = _pixels_between(left * right, w * right, grid[1], depths.shape[1])
+    inside = depths[above[0]:below[-1], first[0]:last[-1]]
     totals = []
-    for values in (depths, depths > 0):
+    for values in (inside, inside > 0):
         # sums[r, c]: over all pixels above r and left of c
-        sums = np.zeros((len(depths) + 1, depths.shape[1] + 1))
+        sums = np.zeros((len(inside) + 1, inside.shape[1] + 1))
         sums[1:, 1:] = values.cumsum(0, dtype=np.float64).cumsum(1)
-        rows = sums[below] - sums[above]                # [rows, w + 1]
-        totals.append(rows[:, last] - rows[:, first])   # [rows, cols]
+        rows = sums[below - above[0]] - sums[above - above[0]]              # [rows, w + 1]
+        totals.append(rows[:, last - first[0]] - rows[:, first - first[0]])  # [rows, cols]
     known = totals[1] > 0
     mean = np.where(known, totals[0] / np.maximum(totals[1], 1), np.nan)
     return (mean[:, ::-1] if flipped else mean).ravel()

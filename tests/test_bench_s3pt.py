@@ -55,7 +55,7 @@ def test_the_loss_has_the_same_value_and_gradients():
     assert [each.shape for each in here] == [(), (9, 32), (70, 1), (70, 32)]
     for one, other in zip(plain, here):
         assert one.abs().max() > 0
-        assert (one - other).abs().max() < 1e-6 * one.abs().max()
+        assert (one - other).abs().max() < 1e-5 * one.abs().max()  # float32
     assert all(float(value) < 1e-5 for value in re.findall(r"\de-\d\d", twins.note))
 
 
@@ -130,10 +130,15 @@ def twins_of(difference):
 
 
 def test_a_row_has_what_was_measured_beside_what_is_wanted(monkeypatch):
-    monkeypatch.setattr(bench_scalr, "repeat", lambda *given: [[3.0, 1.0], [4.0, 1.0], [8.0, 1.0]])
-    peaks = iter([30 * 2**20, 10 * 2**20])
-    monkeypatch.setattr(bench_s3pt, "peak_bytes", lambda run, device: next(peaks))
-    (cells,) = cells_of(bench_s3pt.table([bench_s3pt.measure(twins_of(0.25), 1)]))
+    twins = twins_of(0.25)
+
+    def repeat(runs, device, repeats):
+        return [[seconds if run is twins.plain else 1.0 for run in runs] for seconds in (3, 4, 8)]
+
+    monkeypatch.setattr(bench_scalr, "repeat", repeat)
+    monkeypatch.setattr(bench_s3pt, "peak_bytes",
+                        lambda run, device: (30 if run is twins.plain else 10) * 2**20)
+    (cells,) = cells_of(bench_s3pt.table([bench_s3pt.measure(twins, 1)]))
     assert cells == ["a", "4,000.0 ms", "1,000.0 ms", "4.00 (3.00–8.00)", "≥ 3", "30 MB", "10 MB",
                      "3.0", "≥ 4", "2e-01", "≤ 1e-06"]
 
