@@ -275,7 +275,7 @@ def _feature(row, feature):
 
 
 def _architecture(row, device="meta"):
-    """The backbone of a row, its weights random; on "meta", in no time, all are yet to be loaded."""
+    """The backbone of a row with random weights; on "meta", in no time, all are yet to load."""
     with torch.device(device):
         backbone = row.network(row.patch_size, **row.arguments)
     return backbone.to_empty(device="cpu") if device == "meta" else backbone
