@@ -64,11 +64,16 @@ class Prototypes(nn.Module):
 
     def layer(self, temperature):
         """The weight [K, p] and bias [K] of the linear layer that gives the logits."""
-        weight = self.weight_g * F.normalize(self.weight_v, dim=1) / temperature
-        if not self.vmf:
-            return weight, torch.zeros_like(self.weight_g[:, 0])
-        kappa = self.weight_g[:, 0].abs() / temperature  # the length of w / temperature
-        return weight, vmf_log_constant(kappa, self.weight_v.shape[1])
+        v, kappa, bias = self.parts(temperature)
+        return kappa[:, None] * F.normalize(v, dim=1), bias
+
+    def parts(self, temperature):
+        """v [K, p], kappa [K] and bias [K] of the logits kappa (v / |v|) z + bias."""
+        kappa = self.weight_g[:, 0] / temperature  # the length of w / temperature
+        bias = torch.zeros_like(kappa)
+        if self.vmf:
+            bias = vmf_log_constant(kappa.abs(), self.weight_v.shape[1])
+        return self.weight_v, kappa, bias
 
     def forward(self, z, temperature):
         """Unit vectors [..., p] to the logarithms, up to a constant, of probabilities [..., K]."""
@@ -163,35 +168,46 @@ class Target:
     def __init__(self, z, weights, prototypes, center, temperature):
         self.z = z
         self.weights = weights
-        self.layer = prototypes.layer(temperature)
+        v, kappa, bias = prototypes.parts(temperature)
+        self.layer = v, kappa / torch.linalg.vector_norm(v, dim=1), bias
         self.center = center
         self.temperature = temperature
 
     def probabilities(self, rows):
         """Of these rows (a slice): [r, K]."""
-        target = self.center.targets(F.linear(self.z[rows], *self.layer), self.temperature)
+        target = self.center.targets(logits_of(self.z[rows], *self.layer), self.temperature)
         return target.mean(1) if target.ndim == 3 else target
+
+
+def logits_of(z, v, scale, bias):
+    """Projections [..., p] to logits [..., K] by v [K, p], scale [K] and bias [K]."""
+    return F.linear(z, v).mul_(scale).add_(bias)
 
 
 class _CrossEntropy(torch.autograd.Function):
     """sum_t sum_r weight_tr H(target_tr, softmax(z_r W' + b)), and its parts, one for each t.
 
+    W is kappa v / |v|, row by row.
+
     The plain way is
 
-        log_probabilities = F.log_softmax(F.linear(z, weight, bias), dim=1)
+        log_probabilities = F.log_softmax(F.linear(z, W, bias), dim=1)
         parts = [-(t.weights * (t.probabilities(all) * log_probabilities).sum(1)).sum() for t in ..]
 
     It keeps several matrices [R, K]. Here the rows go through in parts. The gradient of the logits,
-    softmax - target, is known at once, so those of z, W and b are added up and nothing is kept.
+    softmax - target, is known at once, so those of z, v, kappa and b are added up and nothing is
+    kept, not even W.
     """
 
     @staticmethod
-    def forward(ctx, z, weight, bias, targets):
-        gradients = [torch.zeros_like(each) for each in (z, weight, bias)]
+    def forward(ctx, z, v, kappa, bias, targets):
+        lengths = torch.linalg.vector_norm(v, dim=1)   # [K]
+        scale = kappa / lengths
+        grad_z, grad_v, grad_bias = (torch.zeros_like(each) for each in (z, v, bias))
         parts = z.new_zeros(len(targets))
         weighed = [bool(target.weights.any()) for target in targets]
-        for rows in in_parts(z, len(weight)):
-            logits = F.linear(z[rows], weight, bias)   # [r, K]
+        for rows in in_parts(z, len(v)):
+            logits = logits_of(z[rows], v, scale, bias)  # [r, K]
             log_sum = logits.logsumexp(1)              # [r]
             grad = (logits - log_sum[:, None]).exp_()  # [r, K] softmax, then the gradient
             grad *= sum(target.weights[rows] for target in targets)[:, None]
@@ -202,16 +218,20 @@ class _CrossEntropy(torch.autograd.Function):
                 entropies = log_sum - torch.linalg.vecdot(probabilities, logits)
                 parts[number] += target.weights[rows] @ entropies
                 grad -= probabilities * target.weights[rows, None]
-            gradients[0][rows] = grad @ weight
-            gradients[1].addmm_(grad.T, z[rows])  # in place: a product of its own is large
-            gradients[2] += grad.sum(0)
-        ctx.save_for_backward(*gradients)
+            grad_bias += grad.sum(0)
+            grad_v.addmm_(grad.T, z[rows])  # in place: a product of its own is large
+            grad_z[rows] = grad.mul_(scale) @ v
+
+        # From the gradient of W to those of its length and of v, which is across v
+        grad_kappa = torch.linalg.vecdot(grad_v, v) / lengths
+        grad_v.addcmul_(v, -(grad_kappa / lengths)[:, None]).mul_(scale[:, None])
+        ctx.save_for_backward(grad_z, grad_v, grad_kappa, grad_bias)
         ctx.mark_non_differentiable(parts)
         return parts.sum(), parts
 
     @staticmethod
     def backward(ctx, grad, _):
-        return *(grad * each for each in ctx.saved_tensors), None
+        return *(each.mul_(grad) for each in ctx.saved_tensors), None
 
 
 def prototype_loss(z, prototypes, temperature, targets):
@@ -222,8 +242,7 @@ def prototype_loss(z, prototypes, temperature, targets):
     Returns: (a scalar, the terms [len(targets)] without gradient), float32.
     """
     with in_float32(z):
-        weight, bias = prototypes.layer(temperature)
-        return _CrossEntropy.apply(z.float(), weight, bias, targets)
+        return _CrossEntropy.apply(z.float(), *prototypes.parts(temperature), targets)
 
 
 def crop_partners(views, batch, device=None):
