@@ -196,7 +196,7 @@ def fast_loss(z, points, weights, student, teacher, center):
 
 
 def loss_twins(args):
-    """The loss over prototypes, and its gradients for the points and the prototypes."""
+    """The loss over prototypes, and its gradients for projections and prototypes."""
     count, prototypes, width = (SIZES[name] for name in ("rows", "prototypes", "bottleneck"))
     torch.manual_seed(0)
     points = F.normalize(torch.randn(2, count, width), dim=2).to(args.device)

@@ -2,6 +2,7 @@
 and the real keyframe where it is there."""
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ SHARED = Path(os.environ.get("CD_SHARED", ROOT.parent / "shared"))
 sys.path.insert(0, str(ROOT))
 # Several processes with several threads each are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
