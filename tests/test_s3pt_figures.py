@@ -127,8 +127,9 @@ def test_pictures_are_of_the_split(table, split, monkeypatch):
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     encoder = load_image_encoder("efficientnet_lite0", "random")
-    torch.save({"kind": "image_encoder", "encoder": encoder.spec, "step": 1, "total": 1,
-                "model": encoder.backbone.state_dict()}, tmp_path / "last.pth")
+    torch.save({"kind": "image_encoder", "encoder": encoder.spec | {"image_size": (224, 448)},
+                "step": 1, "total": 1, "model": encoder.backbone.state_dict()},
+               tmp_path / "last.pth")
     with pytest.raises(InputError, match="efficientnet_lite0 has no tokens after a last norm"):
         s3pt_figures.load_vit(str(tmp_path), None)
 
