@@ -52,7 +52,8 @@ TEMPERATURES = 0.1, 0.04  # of student and teacher
 class Twins(NamedTuple):
     """The same work in two ways, and what is wanted of the second: how many times faster, smaller.
 
-    plain and here return lists of tensors, which are compared unless `alike` is "-".
+    plain and here return lists of tensors, which are compared unless `alike` is "-". in_float64:
+    the same two in float64, to be compared in their place.
     """
     name: str
     plain: Callable
@@ -62,13 +63,15 @@ class Twins(NamedTuple):
     alike: str = "-"
     device: torch.device = CPU
     note: str = ""
+    in_float64: tuple = ()
 
 
 def measure(twins, repeats):
     """The `Row` of the table."""
     differ = "-"
     if twins.alike != "-":
-        differ = f"{difference(twins.plain(), twins.here()):.0e}"
+        plain, here = twins.in_float64 or (twins.plain, twins.here)
+        differ = f"{difference(plain(), here()):.0e}"
     row = in_turns(twins.name, twins.plain, [twins.here], repeats, twins.faster, twins.device)
     peaks = [peak_bytes(run, twins.device) for run in (twins.plain, twins.here)]
     memory = ("not run",) * 3
@@ -206,7 +209,7 @@ def loss_twins(args):
     center = Center(prototypes, "probability").to(args.device)
     center.update(points[1], teacher, TEMPERATURES[1])
     given = [*points, weights, student, teacher, center]
-    in_float64 = [deepcopy(each).double() for each in given]
+    precise = [deepcopy(each).double() for each in given]
 
     def run(loss_of, z, *others):
         z.requires_grad_()
@@ -214,13 +217,14 @@ def loss_twins(args):
         gradients = torch.autograd.grad(loss, [z, *others[2].parameters()])
         return [loss.detach(), *gradients]
 
-    exact = run(plain_loss, *in_float64)
+    exact = run(plain_loss, *precise)
     distances = [difference(exact, run(loss_of, *given)) for loss_of in (plain_loss, fast_loss)]
-    note = ("Value and gradients of the loss differ from those of the plain one in float64 by "
-            f"{distances[0]:.0e} (plain) and {distances[1]:.0e} (here): this is rounding.")
+    note = ("The loss and its gradients are compared in float64. In float32 they differ from those "
+            f"by {distances[0]:.0e} (plain) and {distances[1]:.0e} (here), which is rounding.")
     return Twins(f"loss over {prototypes:,} prototypes, {count} rows, forward and backward",
                  lambda: run(plain_loss, *given), lambda: run(fast_loss, *given), "≥ 1", "≥ 3",
-                 "≤ 1e-06", args.device, note)
+                 "≤ 1e-06", args.device, note,
+                 (lambda: run(plain_loss, *precise), lambda: run(fast_loss, *precise)))
 
 
 # ---- data ----------------------------------------------------------------------------------------

@@ -239,10 +239,11 @@ def prototype_loss(z, prototypes, temperature, targets):
 
     z: the student's projections [R, p]. prototypes: the student's. temperature: the student's.
     targets: a list of `Target`; each is a term of the loss.
-    Returns: (a scalar, the terms [len(targets)] without gradient), float32.
+    Returns: (a scalar, the terms [len(targets)] without gradient), as precise as the prototypes.
     """
     with in_float32(z):
-        return _CrossEntropy.apply(z.float(), *prototypes.parts(temperature), targets)
+        parts = prototypes.parts(temperature)
+        return _CrossEntropy.apply(z.to(parts[0].dtype), *parts, targets)
 
 
 def crop_partners(views, batch, device=None):

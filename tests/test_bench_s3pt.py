@@ -55,7 +55,12 @@ def test_the_loss_has_the_same_value_and_gradients():
     assert [each.shape for each in here] == [(), (9, 32), (70, 1), (70, 32)]
     for one, other in zip(plain, here):
         assert one.abs().max() > 0
-        assert (one - other).abs().max() < 1e-5 * one.abs().max()  # float32
+        assert (one - other).abs().max() < 1e-5 * one.abs().max()
+    exact, found = (function() for function in twins.in_float64)
+    for one, other, rounded in zip(exact, found, here, strict=True):
+        assert one.dtype == torch.float64
+        assert (one - other).abs().max() < 1e-12 * one.abs().max()
+        assert (one - rounded).abs().max() < 1e-5 * one.abs().max()
     assert all(float(value) < 1e-5 for value in re.findall(r"\de-\d\d", twins.note))
 
 
