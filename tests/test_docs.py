@@ -76,7 +76,8 @@ def test_the_commands_are_found():
             "stage1", "stage2", "probe", "finetune", "eval", "export", "miniature.world",
             "miniature.pretrain",
             "experiments.scalr_figures", "experiments.ablations", "experiments.bench",
-            "experiments.bench_scalr", "experiments.bench_s3pt", "experiments.corruptions", "experiments.reproduce",
+            "experiments.bench_scalr", "experiments.bench_s3pt",
+            "experiments.corruptions", "experiments.reproduce",
             "experiments.visualize", "experiments.real", "experiments.real_figures"
             } == set(names)
 
