@@ -359,9 +359,9 @@ def health(z, prototypes, center, temperature):
     """Whether a teacher has collapsed, by its projections [R, p]: {name: number} for the log.
 
     The entropy of its mean answer is near 0 where it gives one prototype always; it is a part of
-    log min(K, R), the most that R sure answers have. That of its single answers is near 1, a part
-    of log K, where it does not decide. Prototypes in use are the rows' likeliest ones; such as have
-    a cosine of 0.9 with another count once.
+    log min(K, R), the most that R sure answers have, and 1 where it is more. That of its single
+    answers is near 1, a part of log K, where it does not decide. Prototypes in use are the rows'
+    likeliest ones; such as have a cosine of 0.9 with another count once.
     """
     target = Target(z, None, prototypes, center, temperature)
     mean = torch.zeros_like(center.value)
@@ -377,7 +377,7 @@ def health(z, prototypes, center, temperature):
     again = (directions @ directions.T).tril(-1) >= 0.9
     lengths = prototypes.weight_g.abs()
     most = math.log(min(len(mean), max(2, len(z))))
-    return {"entropy_of_mean": torch.special.entr(mean).sum().item() / most,
+    return {"entropy_of_mean": min(1.0, torch.special.entr(mean).sum().item() / most),
             "mean_entropy": entropy / math.log(len(mean)),
             "prototypes_used": len(used) - int(again.any(1).sum()),
             "prototype_norms": [lengths.min().item(), lengths.median().item(),
