@@ -201,15 +201,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, v, kappa, bias, targets):
-        lengths = torch.linalg.vector_norm(v, dim=1)   # [K]
+        lengths = torch.linalg.vector_norm(v, dim=1)  # [K]
         scale = kappa / lengths
         grad_z, grad_v, grad_bias = (torch.zeros_like(each) for each in (z, v, bias))
         parts = z.new_zeros(len(targets))
         weighed = [bool(target.weights.any()) for target in targets]
         for rows in in_parts(z, len(v)):
             logits = logits_of(z[rows], v, scale, bias)  # [r, K]
-            log_sum = logits.logsumexp(1)              # [r]
-            grad = (logits - log_sum[:, None]).exp_()  # [r, K] softmax, then the gradient
+            log_sum = logits.logsumexp(1)                # [r]
+            grad = (logits - log_sum[:, None]).exp_()    # [r, K] softmax, then the gradient
             grad *= sum(target.weights[rows] for target in targets)[:, None]
             for number, target in enumerate(targets):
                 if not weighed[number]:  # as in the first epoch
