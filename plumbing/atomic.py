@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.endings import signals_wait
 from plumbing.errors import InputError
 from plumbing.training import rank
 from plumbing.weights import LAYOUT
@@ -21,6 +22,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
+@signals_wait()
 def save(path, content):
     """Write a checkpoint in the first process; the last.pth before it is kept as previous.pth.
 
@@ -65,7 +67,7 @@ def _cause(error):
     """
     if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
         return error
-    return error.__context__
+    return error.__context__ if isinstance(error.__context__, OSError) else None
 
 
 def _not_saved(path, cause, content):

@@ -4,6 +4,7 @@ It does so where a loading process died or cannot hand over its batch, and where
 blocked and no signal reaches it.
 """
 import atexit
+import contextlib
 import multiprocessing.queues
 import os
 import resource
@@ -156,6 +157,27 @@ def allow_open_files():
 
 
 # ---- signals -------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def signals_wait():
+    """Signals whose handlers may raise are handled once this block or function is done.
+
+    torch.save aborts the process if an exception reaches it between its last record and the end of
+    the file.
+    """
+    came, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(came):
+            signal.raise_signal(number)
+
 
 _listening = False
 _first = None  # time.monotonic of the SIGINT or SIGTERM that the run is ending for

@@ -1,5 +1,6 @@
 """Files are whole or not there, whatever happens while they are written."""
 import os
+import signal
 import subprocess
 import sys
 
@@ -41,6 +42,32 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch, cr
         assert "needs 4 MB" in str(error.value) and "last.pth is as it was" in str(error.value)
         assert not (tmp_path / "last.partial").exists()
     assert find_last(args)["step"] == 3
+
+
+class Rings:
+    """Sends this process a signal while it is being saved; it is loaded as the number 4."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        signal.raise_signal(self.number)
+        return int, (4,)
+
+
+@pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_the_checkpoint_is_written(tmp_path, monkeypatch, number):
+    """torch's handler of SIGCHLD raises where a loading process died."""
+    def died(*_):
+        raise RuntimeError("DataLoader worker is killed")
+    before = signal.signal(number, died)
+    try:
+        with pytest.raises(RuntimeError, match="is killed"):
+            save(tmp_path / "last.pth", {"step": Rings(number)})
+        assert signal.getsignal(number) is died
+    finally:
+        signal.signal(number, before)
+    assert torch.load(tmp_path / "last.pth", weights_only=False)["step"] == 4
 
 
 def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
