@@ -55,15 +55,18 @@ class Twins(nn.Module):
 
 
 def check_twins(tables):
-    """Raise InputError unless all tables have the first one's scans, row by row."""
-    def scans(table):
-        return [os.path.realpath(table.path("scan", row)) for row in table.rows]
+    """Raise InputError unless the first table has each frame of the others, in the same row."""
+    first = tables[0]
+
+    def scan(table, row):
+        return os.path.realpath(table.path("scan", row))
 
     for table in tables[1:]:
-        if scans(table) != scans(tables[0]):
-            raise InputError(f"--data: {table.root} has not the frames of {tables[0].root}, the "
-                             "first; give a dataset and the copies that `experiments.corruptions "
-                             "make` wrote of it")
+        for row in table.rows:
+            if row >= len(first["scan"]) or scan(table, row) != scan(first, row):
+                raise InputError(f"--data: {first.root}, the first, has not {table.root}'s frame "
+                                 f"{table.path('scan', row)}; give a dataset and the copies that "
+                                 "`experiments.corruptions make` wrote of it")
 
 
 @one_line_errors
@@ -83,12 +86,13 @@ def main(argv=None):
     tables = hold_out(tables, args.val_scenes)
     for table in tables:
         say(table.summary())
-    tables = select(tables, "train", args.conditions, args.limit)
+    skip_bad = args.on_bad_frame == "skip"
+    tables = select(tables, "train", args.conditions, args.limit, skip_bad=skip_bad)
     check_twins(tables)
     samplings = set_sampling(tables, stage1["samplings"], flags=stage1.get("sampling_flags"))
     point_encoder.use(samplings)
     frames = WithTwin(tables, args.cameras, image_size, point_encoder.prepare, points="random",
-                      seed=args.seed)
+                      skip_bad=skip_bad, seed=args.seed)
     made_from["frames"] = of_frames(tables)
     made_from["input"] = {"image_size": image_size} | samplings
 

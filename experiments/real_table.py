@@ -42,22 +42,20 @@ def probes_table(kept, rows, conditions, probe, metric, heading, digits):
     return "\n".join(lines)
 
 
-def classes_table(kept, conditions):
-    """IoU of each class under clear and low light, before and after."""
-    columns = [(name, condition) for condition in conditions for name in ("imagenet", "cd", "twin")]
-    names = {}
-    for results in kept.get("imagenet", {}).values():
-        names |= dict.fromkeys(results["seg-all"]["IoU"]["full"])
-    head = [f"{condition.replace('_', ' ')}: `{name}`" for name, condition in columns]
-    lines = [f"| IoU [%], a probe for all conditions | {' | '.join(head)} |",
-             "|---|" + "---:|" * len(columns)]
-    for one in names:
-        cells = []
-        for name, condition in columns:
-            found = [result["seg-all"]["IoU"][condition].get(one)
-                     for result in kept.get(name, {}).values()]
-            cells.append(cell(found, 1))
-        lines.append(f"| {one} | {' | '.join(cells)} |")
+def classes_table(kept, rows, condition):
+    """A row an image encoder, a column a class."""
+    there = [result["seg-all"]["IoU"] for name, row in rows.items() if row.script == "probes"
+             for result in kept.get(name, {}).values()]
+    classes = list(dict.fromkeys(one for result in there for one in result["full"]))
+    lines = [f"| IoU [%], {condition} | {' | '.join(classes)} |",
+             "|---|" + "---:|" * len(classes)]
+    for name, row in rows.items():
+        if row.script == "probes":
+            found = [result["seg-all"]["IoU"][condition] for result in kept.get(name, {}).values()]
+            cells = [cell([of_seed[one] for of_seed in found if one in of_seed], 1)
+                     if not found or any(one in of_seed for of_seed in found) else "–"
+                     for one in classes]
+            lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -159,7 +157,9 @@ def page(measured, rows, conditions):
               f"{conditions[-1]}` is a condition that stage 2 never saw; `full` is all of them. "
               "Mean ± standard deviation over the seeds of the trainings."]
     parts += [probes_table(kept, rows, conditions, *probe) for probe in PROBES]
-    parts += ["## Classes", classes_table(kept, conditions[:2])]
+    parts += ["## Classes", "Under the probe for all conditions. A class that no frame here has "
+              "counts in a row's mean, as 0, where the row answers it; else it has no IoU (–).",
+              *(classes_table(kept, rows, column) for column in ("full", *conditions[:2]))]
     parts += ["## 3D encoders", "The scans are the same under every condition.",
               points_table(kept, rows)]
     parts += ["## Real nights", distance_table(kept)]

@@ -30,7 +30,7 @@ from plumbing.arguments import COUNT, SEED, Distinct, Parser, real, whole
 from plumbing.errors import InputError, one_line_errors
 from plumbing.fingerprint import of_frames
 from probe import TASKS
-from readers.table import open_tables
+from readers.table import hold_out, known_scenes, open_tables
 
 ENOUGH = 5  # how many points of a class a scan must have to be drawn for it
 SHOWN = {  # unless --classes says otherwise: what the datasets call each of them
@@ -40,9 +40,9 @@ SHOWN = {  # unless --classes says otherwise: what the datasets call each of the
 
 # ---- data ---------------------------------------------------------------------------------------
 
-def open_one(data, version):
+def open_one(data, version, val_scenes=None):
     """The `FrameTable` of --data. Raises InputError for several: a picture is of one dataset."""
-    tables = open_tables(data, version)
+    tables = hold_out(open_tables(data, version), val_scenes)
     if len(tables) > 1:
         raise InputError(f"--data: a picture is of one dataset, not of "
                          f"{' and '.join(table.name for table in tables)}; give one")
@@ -124,9 +124,8 @@ def features_of_random_images(table, size, encoders, count, seed, device):
         numbers = rng.choice(len(frames), min(count, len(frames)), replace=False).tolist()
         images = torch.stack([frames[0, number]["image"] for number in numbers])
         for encoder, parts in zip(encoders, features):
-            found = [image_features(encoder, some.to(device) / 255).cpu()
-                     for some in images.split(16)]
-            parts[name] = torch.cat(found)
+            parts[name] = torch.cat([image_features(encoder, some.to(device) / 255).cpu()
+                                     for some in images.split(16)])
     return features
 
 
@@ -248,6 +247,8 @@ def parse(argv=None):
     add(images + scans, "--data", required=True, help=f"{data} (a bare path: nuscenes)")
     add(images + scans, "--version",
         help="version folder (default: v1.0-trainval; of nuImages v1.0-train and v1.0-val)")
+    add(images + scans, "--val-scenes", nargs="+", metavar="NAME",
+        help="as of stage1.py (default: the dataset's own split); probes know theirs")
     add(probes, "--data", help=f"{data} (default: the first probe's)")
     add(probes, "--version", help="version folder of the root (default: the first probe's)")
 
@@ -299,16 +300,14 @@ def draw_images(args, device):
     """The figure of encoders that the arguments ask for: pca or tsne."""
     paths = args.encoders
     titles = column_titles(args.titles, paths)
-    encoders = []
-    for path in paths:
-        weights = args.weights if path in models.ENCODERS else None
-        encoders.append(models.load_image_encoder(path, weights).to(device))
+    weights = {path: args.weights for path in paths if path in models.ENCODERS}
+    encoders = [models.load_image_encoder(path, weights.get(path)).to(device) for path in paths]
     trained = {tuple(encoder.spec["image_size"]) for encoder in encoders
                if "image_size" in encoder.spec}
     size = one_size(trained or {models.IMAGE_SIZE}, paths)
     for encoder in encoders:
         encoder.check_size(size)
-    table = open_one(args.data, args.version)
+    table = open_one(args.data, args.version, args.val_scenes)
     if args.figure == "pca":
         return figure_pca(views(table, size, args.frames), encoders, titles, table)
     features = features_of_random_images(table, size, encoders, args.images, args.seed, device)
@@ -331,6 +330,7 @@ def draw_probes(args, device):
     # The frames: are they what the probes were to be judged on?
     data = data_given(args.data, data_of(probes[0], paths[0]))
     table = open_one(data, args.version or probes[0]["args"]["version"])
+    hold_out([table], known_scenes(probes[0]["args"].get("val_scenes"), [table]))
     for probe in probes:
         check_classes([table], probe)
     target = TASKS[task].target
@@ -346,7 +346,7 @@ def draw_scans(args, device):
     """The figure of point clouds that the arguments ask for: correlation or prototypes."""
     encoder, stage1 = models.load_point_encoder(args.encoder)
     encoder = encoder.to(device).eval()
-    table = open_one(args.data, args.version)
+    table = open_one(args.data, args.version, args.val_scenes)
     encoder.use(set_sampling([table], stage1.get("samplings"), None, stage1.get("sampling_flags")))
     rng = np.random.default_rng(args.seed)
     by_place = getattr(args, "point", None)

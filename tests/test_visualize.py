@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 from pictures import CPU, SIZE, scans, texts
 from PIL import Image
-from runs import fails_with_one_line, open_one
+from runs import fails_with_one_line, open_one, probe_args
 
+import probe
 from experiments import visualize
 from models import load_point_encoder
 from plumbing.errors import InputError
@@ -136,6 +137,28 @@ def test_a_point_by_place_needs_no_labels(world, table, first, monkeypatch):
     np.testing.assert_allclose(below.collections[1].get_offsets()[0], (2, 8), atol=3)
     assert below.collections[0].get_array().max() == pytest.approx(1, abs=1e-5)
     assert texts(figure.legends[0]) == ["chosen point"]
+
+
+@pytest.mark.parametrize("figure", ["pca", "tsne", "correlation", "segmentation"])
+def test_the_scenes_held_out_are_drawn(figure, world, table, first, tmp_path, monkeypatch):
+    """Those that the flag names, or those of the first probe's own training."""
+    scenes = table.select("train").scenes()[:2]
+    flags = ["--val-scenes", *scenes]
+    argv = [figure, *arguments(figure, world, first, tmp_path)]
+    if figure == "segmentation":
+        small = ["--weights", "random", "--image-size", "40", "80", "--steps", "1"]
+        probe.main(probe_args(world, "seg", "vit_mini8", tmp_path / "seg", *small, *flags))
+    else:
+        argv += flags
+    # What would draw the figure gives back the table instead
+    for name in ("figure_pca", "figure_similarity", "figure_probes"):
+        monkeypatch.setattr(visualize, name, lambda *given: given[-1])
+    monkeypatch.setattr(visualize, "features_of_random_images", lambda table, *_: table)
+    monkeypatch.setattr(visualize, "figure_tsne", lambda table, *_: table)
+    monkeypatch.setattr(visualize.models, "IMAGE_SIZE", SIZE)
+    draw = {"correlation": visualize.draw_scans, "segmentation": visualize.draw_probes}
+    drawn = draw.get(figure, visualize.draw_images)(visualize.parse(argv), CPU)
+    assert sorted(drawn.select("val").scenes()) == sorted(scenes)
 
 
 @pytest.mark.parametrize("argv, part", [
