@@ -9,14 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from runs import open_one
 
 import finetune
 import probe
 import stage1
 import stage2
-from experiments import corruptions, reproduce, runs
-from experiments.reproduce import CLAIMS, COMMANDS, TASKS, WORLDS, Claim, Number, World
-from experiments.s3pt_claims import RARE
+from experiments import corruptions, reproduce, runs, s3pt_claims, scalr_claims
+from experiments.claims import OCCURRING
+from experiments.reproduce import (CLAIMS, COMMANDS, TASKS, WORLDS, Claim,
+                                   Number, World)
 from plumbing.errors import InputError
 from s3pt import segmenter, settings
 
@@ -52,6 +54,15 @@ def test_a_row_says_both_numbers_and_their_spread():
     assert reproduce.row(claim, [(8.0, 9.0)]).endswith("| 8.00 / 9.00 | -1.00 | holds |")
 
 
+def test_means_are_of_the_classes_that_the_worlds_have(world, kitti):
+    for root, dataset, names in ((world, "nuscenes", OCCURRING),
+                                 (kitti, "semantickitti", scalr_claims.CLASSES[scalr_claims.OTHER])):
+        table = open_one(root, name=dataset)
+        there = set().union(*(table.labels(row).tolist() for row in table.rows)) - {0}
+        assert {table.reader.CLASSES[number] for number in there} == set(names)
+        assert len(set(names)) == len(names)
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -61,6 +72,8 @@ def dry(tmp_path, monkeypatch):
     Each number of an evaluation is the number of commands so far.
     """
     world, commands = World(tmp_path, 5), []
+    classes = {name for of_task in (scalr_claims.CLASSES, s3pt_claims.CLASSES)
+               for names in of_task.values() for name in names}
 
     def run(command):
         command = shlex.split(command)
@@ -68,12 +81,12 @@ def dry(tmp_path, monkeypatch):
         out = Path(out_of(command))
         out.mkdir(parents=True, exist_ok=True)
         columns = dict.fromkeys(COLUMNS, float(len(commands)))
-        of_classes = dict.fromkeys(RARE, float(len(commands)))
+        of_classes = dict.fromkeys(classes, float(len(commands)))
         result = {"mIoU": columns, "RMSE": columns, "IoU": {"full": of_classes}}
         if "s3pt.segmenter" in command:
             elsewhere = "--evaluate" in command
             column = "nuimages to cityscapes" if elsewhere else "nuimages"
-            rows = {column: {"mean over 7 classes": float(len(commands))}}
+            rows = {column: of_classes}
             path = f"{out}.json" if elsewhere else out / "results.json"
             Path(path).write_text(json.dumps({"heads": [{"columns": rows}]}))
         if command[0] == "eval.py":
