@@ -1,4 +1,6 @@
 """The text of results/real.md, of what experiments/real.py has measured so far."""
+import copy
+import statistics
 
 from demo import mean_and_spread
 from experiments.reproduce import RULE, verdict
@@ -15,6 +17,27 @@ PROBES = (("seg-all", "mIoU", "mIoU [%], a probe for all conditions", 1),
           ("seg-first", "mIoU", "mIoU [%], a probe trained on clear pictures alone", 1),
           ("depth-all", "RMSE", "RMSE [m], a probe for all conditions", 2),
           ("depth-first", "RMSE", "RMSE [m], a probe trained on clear pictures alone", 2))
+
+
+def of_same_classes(kept):
+    """The results, with mIoU [%] over the classes that all rows have an IoU of.
+
+    Else a class that no frame has would count as 0 in the mean of a row that answers it.
+    """
+    kept = copy.deepcopy(kept)
+    groups = {}  # (probe, condition): what is judged by that probe under that condition
+    for result in (result for seeds in kept.values() for result in seeds.values()):
+        of_probes = result.items() if isinstance(result, dict) else ()  # not of distances
+        for probe, part in [("", result), *of_probes]:
+            for column in part["IoU"] if isinstance(part, dict) and "IoU" in part else ():
+                groups.setdefault((probe, column), []).append(part)
+    for (_, column), parts in groups.items():
+        parts = [part for part in parts if part["IoU"][column]]
+        common = [one for one in parts[0]["IoU"][column]
+                  if all(one in part["IoU"][column] for part in parts)] if parts else []
+        for part in parts:
+            part["mIoU"][column] = statistics.mean(part["IoU"][column][one] for one in common)
+    return kept
 
 
 def values(kept, name, probe, metric, column):
@@ -150,15 +173,17 @@ def verdicts_table(kept, rows, conditions):
 
 def page(measured, rows, conditions):
     """The text of the page. measured: {"frames": of CANNOT, "rows": {row: {seed: result}}}."""
-    kept = measured["rows"]
+    kept = of_same_classes(measured["rows"])
     parts = ["# Real frames", "`python -m experiments.real` writes this page, row by row.",
              CANNOT.format(**measured["frames"])]
     parts += ["## Image encoders", "`clear` pictures are as they were taken, `"
               f"{conditions[-1]}` is a condition that stage 2 never saw; `full` is all of them. "
-              "Mean ± standard deviation over the seeds of the trainings."]
+              "Mean ± standard deviation over the seeds of the trainings. mIoU is of the classes "
+              "that all rows have an IoU of, as one that no frame has would count as 0 where a row "
+              "answers it."]
     parts += [probes_table(kept, rows, conditions, *probe) for probe in PROBES]
-    parts += ["## Classes", "Under the probe for all conditions. A class that no frame here has "
-              "counts in a row's mean, as 0, where the row answers it; else it has no IoU (–).",
+    parts += ["## Classes", "Under the probe for all conditions. –: no frame has the class, and "
+              "the row does not answer it.",
               *(classes_table(kept, rows, column) for column in ("full", *conditions[:2]))]
     parts += ["## 3D encoders", "The scans are the same under every condition.",
               points_table(kept, rows)]

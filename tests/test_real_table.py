@@ -18,7 +18,7 @@ def page(rows):
 def of_probes(miou, rmse):
     """What probes.py writes, with the same number in each column."""
     seg = {"mIoU": dict.fromkeys(COLUMNS, miou),
-           "IoU": {column: {"road": miou, "car": miou} for column in COLUMNS}}
+           "IoU": {column: {"road": miou, "car": miou} if miou else {} for column in COLUMNS}}
     depth = {"RMSE": dict.fromkeys(COLUMNS, rmse)}
     return {"seg-all": seg, "seg-first": seg, "depth-all": depth, "depth-first": depth}
 
@@ -83,6 +83,9 @@ def test_a_row_without_a_class_has_no_iou_of_it():
     words = "| `imagenet` | 42.0 ± 2.8 | 42.0 ± 2.8 | 0.0 |"
     assert lines_of(text, "| `imagenet` |")[:3] == 3 * [words]
     assert lines_of(text, "| `cd` |")[:3] == 3 * ["| `cd` | 51.0 ± 1.4 | 51.0 ± 1.4 | – |"]
+    # The mean stays one of the classes that both rows have
+    assert lines_of(text, "| `imagenet`: ")[0] == (
+        "| `imagenet`: ImageNet weights | 2 |" + 6 * " 42.0 ± 2.8 |")
     assert lines_of(text, "| `twin` |")[:3] == 3 * ["| `twin` | not run | not run | not run |"]
 
 

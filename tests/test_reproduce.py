@@ -55,8 +55,9 @@ def test_a_row_says_both_numbers_and_their_spread():
 
 
 def test_means_are_of_the_classes_that_the_worlds_have(world, kitti):
+    of_kitti = scalr_claims.CLASSES[scalr_claims.OTHER]
     for root, dataset, names in ((world, "nuscenes", OCCURRING),
-                                 (kitti, "semantickitti", scalr_claims.CLASSES[scalr_claims.OTHER])):
+                                 (kitti, "semantickitti", of_kitti)):
         table = open_one(root, name=dataset)
         there = set().union(*(table.labels(row).tolist() for row in table.rows)) - {0}
         assert {table.reader.CLASSES[number] for number in there} == set(names)
