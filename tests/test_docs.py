@@ -37,8 +37,9 @@ SMALL["s3pt.segmenter"] = ["--scale", "160", "80", "--crop", "64", *TWO_STEPS]
 SMALL["s3pt.segmenter --evaluate"] = ["--workers", "0", "--device", "cpu"]
 ELSEWHERE = ("pip ", "demo ", "miniature.pretrain ",  # have tests of theirs
              "experiments.bench ", "experiments.bench_scalr ", "experiments.bench_s3pt ",
-             "experiments.reproduce --paper", "experiments.reproduce --claim",
-             "experiments.real ", "experiments.real_figures ", "experiments.corruptions compare",
+             "experiments.bench_real ",
+             "experiments.reproduce --paper", "experiments.reproduce --claim", "experiments.real ",
+             "experiments.real_figures ", "experiments.corruptions compare",
              "stage2 --data /data/nuscenes --stage1 WI_768")  # test_waffleiron_weights.py
 
 
@@ -76,7 +77,7 @@ def test_the_commands_are_found():
             "stage1", "stage2", "probe", "finetune", "eval", "export", "miniature.world",
             "miniature.pretrain",
             "experiments.scalr_figures", "experiments.ablations", "experiments.bench",
-            "experiments.bench_scalr", "experiments.bench_s3pt",
+            "experiments.bench_scalr", "experiments.bench_s3pt", "experiments.bench_real",
             "experiments.corruptions", "experiments.reproduce",
             "experiments.visualize", "experiments.real", "experiments.real_figures"
             } == set(names)
