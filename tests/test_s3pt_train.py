@@ -348,3 +348,22 @@ def test_a_checkpoint_that_is_cut_short_costs_some_steps_only(world, runs, tmp_p
     assert "previous.pth is taken" in capsys.readouterr().out
     assert largest_difference(checkpoint_of(tmp_path / "run")["student"],
                               checkpoint_of(runs / "s3pt")["student"]) == 0
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(world, runs, tmp_path, monkeypatch, capsys):
+    command = argv(world, tmp_path / "run", "s3pt", "--save-every", "0")
+    save, room = torch.save, [1, 2]  # checkpoints
+
+    def until_full(content, file):
+        if not room:
+            raise OSError(28, "No space left on device")
+        room.pop()
+        save(content, file)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", until_full)
+        line = fails_with_one_line(capsys, script.main, command)
+    assert "last.pth is as it was" in line and "Make room" in line
+    assert checkpoint_of(tmp_path / "run")["step"] == 2
+    script.main(command)
+    assert largest_difference(checkpoint_of(tmp_path / "run")["student"],
+                              checkpoint_of(runs / "s3pt")["student"]) == 0
