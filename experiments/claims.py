@@ -28,7 +28,8 @@ class Claim(NamedTuple):
 
     Each side is a Number, or a pair of them whose difference is meant. table: of the paper. paper:
     the paper's two numbers; None where it has none. says: that `better` is "better",
-    "not worse" or "the same".
+    "not worse" or "the same". floor: the number of an encoder that has learnt nothing; a claim
+    whose two sides are near it gets no verdict.
     """
     name: str
     table: str
@@ -37,6 +38,7 @@ class Claim(NamedTuple):
     worse: Number | tuple
     paper: tuple | None
     says: str = "better"
+    floor: Number | None = None
 
     @property
     def metric(self):

@@ -25,6 +25,7 @@ from results import not_comparable
 
 # In percent and metres: what a probe's own training can move (miniature/README.md)
 NOISE = {"mIoU": 0.5, "RMSE": 0.1}
+FEW = 3  # points of mIoU above a claim's floor, within which nothing is judged
 RULE = ("*holds*: the mean difference in the claimed direction is larger than the noise, which is "
         "the larger of twice its standard error over the seeds and "
         f"{NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE; "
@@ -170,9 +171,11 @@ _CLAIMS = (
           AFTER, Number("joint-contrastive", "seg"), (51.9, 38.5)),
 )
 HERE = "; mIoU here is of the classes that the worlds have"
+UNTRAINED = f"; claims both of whose sides are less than {FEW} points above the same network "\
+            "untrained get no verdict"
 PAPERS = {"cd": ("Collaborative distillation", "on nuScenes with DINOv2 ViT-S/14", _CLAIMS),
           "scalr": ("ScaLR", f"linear probes on the whole datasets{HERE}", scalr_claims.CLAIMS),
-          "s3pt": ("S3PT", f"on nuImages with ViT-S/16{HERE}", s3pt_claims.CLAIMS)}
+          "s3pt": ("S3PT", f"on nuImages with ViT-S/16{HERE}{UNTRAINED}", s3pt_claims.CLAIMS)}
 CLAIMS = {claim.name: claim for _, _, claims in PAPERS.values() for claim in claims}
 
 
@@ -270,15 +273,17 @@ def verdict(differences, metric, says="better"):
     return "holds" if says == "not worse" else "within noise"
 
 
-def row(claim, values):
-    """The table's row for a claim and its [(better, worse)] over the seeds."""
+def row(claim, values, floors=()):
+    """The table's row for a claim, its [(better, worse)] over the seeds, and its floor in each."""
     digits = 1 if claim.metric == "mIoU" else 2
     paper = " / ".join(f"{number:.{digits}f}" for number in claim.paper or ()) or "–"
     here = " / ".join(mean_and_spread(numbers, digits) for numbers in zip(*values))
     differences = [better - worse for better, worse in values]
+    found = verdict(differences, claim.metric, claim.says)
+    if floors and max(map(statistics.mean, zip(*values))) < statistics.mean(floors) + FEW:
+        found = "near an untrained encoder"
     cells = (f"`{claim.name}`", claim.table, claim.sentence, claim.metric, paper, here,
-             mean_and_spread(differences, digits, "+"),
-             verdict(differences, claim.metric, claim.says))
+             mean_and_spread(differences, digits, "+"), found)
     return f"| {' | '.join(cells)} |"
 
 
@@ -355,13 +360,21 @@ def found(paper, names, worlds, args):
         world.used.clear()
     for name in names:
         claim = CLAIMS[name]
-        rows.append(row(claim, [world.values(claim) for world in worlds]))
+        floors = [world.number(claim.floor) for world in worlds if claim.floor]
+        rows.append(row(claim, [world.values(claim) for world in worlds], floors))
         print(f"\n{rows[-1]}", flush=True)
     command = "python -m experiments.reproduce"
     command += f" --claim {' '.join(names)}" if args.claim else f" --paper {paper}"
     command += f" --seeds {' '.join(map(str, args.seeds))}"
     seconds = sum(world.done[name]["seconds"] for world in worlds for name in world.used)
-    return section(paper, rows, command, args.seeds, seconds)
+    text = section(paper, rows, command, args.seeds, seconds)
+    trained = [run for run in s3pt_claims.TRAININGS if all(run in world.used for world in worlds)]
+    if trained:
+        minutes = [statistics.mean(world.done[run]["seconds"] for world in worlds) / 60
+                   for run in trained]
+        text += "\nMinutes of a training, as many steps on as many pictures: " + ", ".join(
+            f"`{run}` {number:.0f}" for run, number in zip(trained, minutes)) + ".\n"
+    return text
 
 
 if __name__ == "__main__":

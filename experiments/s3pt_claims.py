@@ -42,6 +42,7 @@ COMMANDS = {
     # Nothing learnt: as it begins
     "s3pt-random": _train("s3pt", S3PT, length="--steps 1 --lr 1e-12 --end-lr 0"),
 }
+TRAININGS = ("s3pt-dino", "s3pt-cribo", "s3pt-vmf", "s3pt-few", "s3pt", "s3pt-quarter")
 # Segmenter's heads, without --encoder and --out; and --data of the other dataset
 _HEADS = ("-m s3pt.segmenter --data nuimages={images} --seed {seed} --workers 0 --restart "
           "--scale 160 80 --crop 80 --steps 1200 --batch 8 --lr 3e-3")
@@ -65,9 +66,9 @@ def judged(run, task):
 
 def _against(name, table, sentence, better, worse, paper, task="seg", classes=None):
     """A claim that one encoder is better than another on a task."""
-    classes = classes or CLASSES[task]
-    return Claim(name, table, sentence, Number(better, task, classes),
-                 Number(worse, task, classes), paper)
+    sides = [Number(run, task, classes or CLASSES[task])
+             for run in (better, worse, "s3pt-random")]
+    return Claim(name, table, sentence, *sides[:2], paper, floor=sides[2])
 
 
 CLAIMS = (

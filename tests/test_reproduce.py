@@ -1,5 +1,6 @@
 """The claims in miniature: verdicts, rows, the runs that a claim needs, and what is run again."""
 import functools
+import itertools
 import json
 import shlex
 import shutil
@@ -52,6 +53,18 @@ def test_a_row_says_both_numbers_and_their_spread():
         "| `x` | 1 | a is better than b | RMSE | 7.64 / 8.37 | "
         "8.10 ± 0.14 / 9.20 ± 0.28 | -1.10 ± 0.14 | holds |")
     assert reproduce.row(claim, [(8.0, 9.0)]).endswith("| 8.00 / 9.00 | -1.00 | holds |")
+
+
+def test_what_is_near_an_untrained_encoder_gets_no_verdict():
+    claim = Claim("x", "1", "a is better than b", Number("a", "seg"), Number("b", "seg"), None)
+    near, far = [(17.0, 15.0), (17.5, 15.5)], [(17.0, 15.0), (19.5, 15.5)]  # a: 17.25 and 18.25
+    assert reproduce.row(claim, near, [14.0, 15.0]).endswith("| near an untrained encoder |")
+    assert reproduce.row(claim, near).endswith("| holds |")
+    assert reproduce.row(claim, near, [14.0, 14.4]).endswith("| holds |")
+    assert reproduce.row(claim, far, [14.0, 15.0]).endswith("| holds |")
+    # The claimed to be worse may be the one that has learnt
+    turned = [(worse, better) for better, worse in far]
+    assert reproduce.row(claim, turned, [14.0, 15.0]).endswith("| does not hold |")
 
 
 def test_means_are_of_the_classes_that_the_worlds_have(world, kitti):
@@ -245,6 +258,18 @@ def test_a_table_of_one_claim(dry, tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out
     with pytest.raises(SystemExit):
         reproduce.main(["--claim", "nihgt"])
+
+
+def test_minutes_stand_beside_trainings_of_other_lengths(dry, tmp_path, monkeypatch):
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(runs.time, "time", lambda: next(clock))
+    out = tmp_path / "table.md"
+    reproduce.main(["--claim", "s3pt-over-cribo", "--seeds", "5", "--runs", str(tmp_path / "runs"),
+                    "--out", str(out)])
+    text = out.read_text()
+    assert "less than 3 points above the same network untrained get no verdict." in text
+    assert text.count("\nMinutes of a training, as many steps on as many pictures: "
+                      "`s3pt-cribo` 1, `s3pt` 1.\n") == 1
 
 
 def test_commands_are_shell_lines():
