@@ -88,6 +88,7 @@ COMMANDS = {
 # task: command of a probe, without --encoder and --out
 TASKS = {
     **{task: f"probe.py {WORLD} --task {task} {flags}" for task, flags in PROBES.items()},
+    "seg-twice": f"probe.py {WORLD} --task seg {PROBES['seg'].replace('epochs 8', 'epochs 16')}",
     "nuimages": f"probe.py {IMAGES} --task seg {PROBES['seg']}",
     "seg-1%": f"finetune.py {WORLD} --task seg {ONE_PERCENT}",
     "nuimages-1%": f"finetune.py {IMAGES} --task seg {ONE_PERCENT}",

@@ -98,4 +98,7 @@ CLAIMS = (
              "base", None),
     _against("s3pt-cd", "-", "collaborative distillation that begins from S3PT's encoder helps it",
              "s3pt-stage2", "s3pt", None),
+    Claim("s3pt-converged", "-", "the probe has converged: twice its epochs give the same",
+          Number("s3pt", "seg-twice", OCCURRING), Number("s3pt", "seg", OCCURRING), None,
+          "the same"),
 )
