@@ -46,8 +46,9 @@ COMMANDS = {
 TRAININGS = ("s3pt-dino", "s3pt-cribo", "s3pt-vmf", "s3pt-few", "s3pt", "s3pt-quarter")
 # Segmenter's heads, without --encoder and --out; and --data of the other dataset
 _HEADS = ("-m s3pt.segmenter --data nuimages={images} --seed {seed} --workers 0 --restart "
-          "--scale 160 80 --crop 80 --steps 1200 --batch 8 --lr 3e-3")
-TASKS = {"mask": f"{_HEADS} --head mask", "transfer": f"{_HEADS} --head linear"}
+          "--scale 160 80 --crop 80 --steps 1200 --batch 8")
+TASKS = {"mask": f"{_HEADS} --head mask --lr 1e-3",
+         "transfer": f"{_HEADS} --head linear --lr 1e-1"}
 ELSEWHERE = {"transfer": "--data cityscapes={cities} --scale 160 80"}
 TRANSFERRED = "transfer-cityscapes"  # the file, beside results.json
 _SHARED = ("bus", "car", "pedestrian", "truck")
