@@ -22,7 +22,7 @@ from experiments.figures import (NO_TICKS, STYLE, add_legend, condition_of, grid
                                  pca_of_encoders)
 from experiments.probes import train_head, views_of
 from experiments.real import CONDITIONS, ROWS
-from experiments.real_table import PROBES, values
+from experiments.real_table import PROBES, of_same_classes, values
 from experiments.visualize import column_titles, one_size
 from miniature.colours import palette
 from miniature.overview import class_map, one_per_condition
@@ -188,7 +188,8 @@ def figure_numbers(kept):
 def draw(args):
     """The figure that the arguments ask for."""
     if args.figure == "numbers":
-        return figure_numbers((read_json(args.results) or {}).get("rows", {}))
+        rows = (read_json(args.results) or {}).get("rows", {})
+        return figure_numbers(of_same_classes(rows))
     titles = column_titles(args.titles, args.encoders)
     device = training.start(args)
     encoders, size = load_encoders(args.encoders, device)
