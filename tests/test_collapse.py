@@ -27,6 +27,7 @@ def test_nothing_is_saved_of_a_step_that_is_not_finite(world, tmp_path, capsys, 
     assert all(value.isfinite().all() for value in model_of(out).values())
 
 
+@pytest.mark.slow
 def test_stage_2_says_when_features_collapse(world, first, tmp_path, monkeypatch, capsys):
     good, bad = tmp_path / "good", tmp_path / "bad"
     stage2.main(stage2_args(world, first, good, "--steps", "8"))

@@ -231,6 +231,7 @@ def test_batchnorm_statistics_of_a_resnet50(world, tmp_path, capsys, flags, move
         assert "--train-batchnorm: vit_mini8 has no BatchNorm" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, lr", [("seg", 1e-2), ("depth", 1e-1)])
 def test_learning_rates_of_probes_of_a_resnet50(world, tmp_path, task, lr):
     encoder = ["--encoder", "dino_resnet50", "--weights", "random", "--image-size", "64", "128"]

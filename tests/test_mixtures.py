@@ -80,6 +80,7 @@ def test_a_limit_holds_for_all_of_them(both, tmp_path):
     assert checkpoint_of(tmp_path / "s1")["made_from"]["frames"]["frames"] == 3
 
 
+@pytest.mark.slow
 def test_a_probe_on_two_roots_is_judged_on_both(both, world, other, second, tmp_path):
     out = tmp_path / "p"
     probe.main(probe_args(both, "depth", second, out, "--steps", "2"))

@@ -67,6 +67,7 @@ def test_what_is_near_an_untrained_encoder_gets_no_verdict():
     assert reproduce.row(claim, turned, [14.0, 15.0]).endswith("| does not hold |")
 
 
+@pytest.mark.slow
 def test_means_are_of_the_classes_that_the_worlds_have(world, kitti):
     of_kitti = scalr_claims.CLASSES[scalr_claims.OTHER]
     for root, dataset, names in ((world, "nuscenes", OCCURRING),

@@ -118,6 +118,7 @@ def test_one_percent_of_the_labels(world, second, tmp_path, capsys):
     assert checkpoint_of(out)["scenes"] == [tenth]
 
 
+@pytest.mark.slow
 def test_3d_probe_of_whole_scans_is_judged_on_every_point(world, first, tmp_path):
     """eval.py's mIoU equals that of one scan at a time, the nearest point found by brute force."""
     out = tmp_path / "p"

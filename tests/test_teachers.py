@@ -269,6 +269,7 @@ def two(world, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_stage_1_with_two_teachers(two, mini, small):
     checkpoint = checkpoint_of(two)
     assert "encoder" not in checkpoint

@@ -230,6 +230,7 @@ def test_lidar_intensity_tells_the_grounds_apart(layouts):
         assert (low[:, None] < high[None]).mean() > .9
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_the_workers_do_not(tmp_path):
     one = make_world(tmp_path / "one", **dict(TINY, seed=5))
     two = make_world(tmp_path / "two", **dict(TINY, seed=5, workers=2))
@@ -252,6 +253,7 @@ def stamps_of(root):
     return [path.stat().st_mtime_ns for path in sorted(root.rglob("*"))]
 
 
+@pytest.mark.slow
 def test_finished_is_kept_unfinished_is_written_again_and_others_are_refused(tmp_path, capsys):
     root = make_world(tmp_path / "world", **dict(TINY, seed=5))
     before, stamps = contents(root), stamps_of(root)
