@@ -148,6 +148,7 @@ def test_joint_training_moves_both_encoders_and_the_3d_head_and_there_is_no_othe
     assert under(moved(seen), "point_encoder.embed.norm.running_mean")
 
 
+@pytest.mark.slow
 def test_joint_training_has_stage2_s_data_and_each_side_s_own_rate(world, tmp_path):
     out = tmp_path / "out"
     argv = command("joint", world, out)

@@ -32,6 +32,7 @@ def test_plain_weights_give_the_same_encoder_again(monkeypatch, tmp_path, name, 
     assert names == ["encoder.pth", "encoder.pth.json", "s2"]
 
 
+@pytest.mark.slow
 def test_the_json_says_what_it_is(monkeypatch, tmp_path):
     folder = tmp_path / "s2"
     write_stage2(monkeypatch, folder, "clip_vitb16", (32, 48), "prenorm")

@@ -41,6 +41,7 @@ def not_one_colour(axis):
 
 # ---- PCA -----------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_pca_has_a_row_per_view_and_a_column_per_encoder(table):
     encoder = load_image_encoder("vit_mini8", weights="random")
     items = visualize.views(table, SIZE, 2)
@@ -92,6 +93,7 @@ def test_pca_refuses_features_of_different_widths(table):
 
 # ---- t-SNE ---------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_tsne_says_how_far_apart_the_conditions_are():
     torch.manual_seed(0)
     apart = {"day-clear": torch.randn(12, 6) * 0.01 + torch.eye(6)[0],

@@ -87,6 +87,7 @@ def test_pca_colours_are_joint():
     np.testing.assert_allclose(b[0, 0], a[1, 2])
 
 
+@pytest.mark.slow
 def test_overview_has_a_row_per_condition_and_six_panels(world, tmp_path, monkeypatch):
     drawn = []
     subplots = matplotlib.pyplot.subplots

@@ -335,6 +335,7 @@ def test_runs_cover_what_they_cover():
     assert nuimages.covered(np.zeros(0, np.uint8)) == -1
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), content=st.binary(max_size=4))
