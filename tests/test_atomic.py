@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -45,14 +46,14 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch, cr
 
 
 class Rings:
-    """Sends this process a signal while it is being saved; it is loaded as the number 4."""
+    """Sends this process a signal while it is being saved; it is loaded as an empty dict."""
 
     def __init__(self, number):
         self.number = number
 
     def __reduce__(self):
         signal.raise_signal(self.number)
-        return int, (4,)
+        return OrderedDict, ()
 
 
 @pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM])
@@ -67,7 +68,7 @@ def test_a_signal_waits_until_the_checkpoint_is_written(tmp_path, monkeypatch, n
         assert signal.getsignal(number) is died
     finally:
         signal.signal(number, before)
-    assert torch.load(tmp_path / "last.pth", weights_only=False)["step"] == 4
+    assert torch.load(tmp_path / "last.pth")["step"] == {}
 
 
 def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
