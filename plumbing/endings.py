@@ -1,7 +1,7 @@
 """Ends runs that would wait for ever.
 
 It does so where a loading process died or cannot hand over its batch, and where the main thread is
-blocked and no signal reaches it.
+blocked and no signal reaches it. Only while a checkpoint is written do signals wait.
 """
 import atexit
 import contextlib

@@ -104,9 +104,12 @@ one_line_errors(atomic.save)({str(path)!r}, {{'step': 4, 'weights': torch.zeros(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth"]
 
 
-def test_other_errors_of_saving_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [None, ValueError("while this was handled")])
+def test_other_errors_of_saving_are_not_taken_for_a_full_disk(tmp_path, monkeypatch, before):
     def fail(*_):
-        raise RuntimeError("CUDA error")
+        error = RuntimeError("CUDA error")
+        error.__context__ = before
+        raise error
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
         save(tmp_path / "last.pth", {"step": 4})
