@@ -201,7 +201,7 @@ class Evaluation:
         same = are_own_frames(self.probe, path, frames)
         at_home = [os.path.realpath(root) for _, root in there] == [
             os.path.realpath(root) for _, root in home]
-        val = self.probe.get("val")  # None: the probe is from before fingerprints
+        val = self.probe.get("val")  # None: the probe does not say
         same_tables = val is None or val | {"files": None} == frames | {"files": None}
         self.own = same or at_home and same_tables
 

@@ -251,7 +251,8 @@ def _load_released(backbone, row, state, source):
     theirs = {name: row.released_name(name, value.shape) for name, value in ours.items()}
     if "pos_embed" in ours:
         state = on_the_grid_of(backbone, state, theirs["pos_embed"][0], source)
-    check_fit(state, dict(theirs.values()), f"{source}: weights of another encoder than {row.name}")
+    check_fit(state, dict(theirs.values()), source, f"weights of another encoder than {row.name}",
+              "give the --encoder that they are of, or other --weights")
     backbone.load_state_dict({name: state[theirs[name][0]].reshape(value.shape)
                               for name, value in ours.items()})
 
@@ -288,9 +289,8 @@ def backbone(name):
 
     Raises InputError where there is no such file.
     """
-    here = Path(__file__).parent
-    known = [file.stem for file in sorted(here.glob("*.py"))
-             if "\ndef prepare(xyz" in file.read_text()]
+    known = [file.stem for file in sorted(Path(__file__).parent.glob("*.py"))
+             if "\ndef prepare(" in file.read_text()]
     if name not in known:
         raise InputError(f"--backbone {name}: there is no {name}.py with a function `prepare`; "
                          f"choose one of {', '.join(known)}")
@@ -331,8 +331,8 @@ def load_point_encoder(path):
         raise InputError(f"{path}: no 3D encoder can be built from it ({type(error).__name__}: "
                          f"{reason}); is it of another version? Write it anew with "
                          "stage1.py") from error
-    load_strictly(model.to_empty(device="cpu"), state,
-                  f'{path}: its weights do not fit its "spec"; write it anew with stage1.py')
+    load_strictly(model.to_empty(device="cpu"), state, path,
+                  'its weights do not fit its "spec"; write it anew with stage1.py')
     return model, content
 
 

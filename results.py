@@ -19,8 +19,8 @@ def not_comparable(row, first):
                              {"other frames": row["made_from"]["frames"]})
         reasons += [frames] if frames else []
     elif any(row.get(name) != first.get(name) for name in ("data", "images", "made_from")):
-        reasons.append("one of them is from before fingerprints and of other data; evaluate it "
-                       "with --again")
+        reasons.append("one of them does not say what it was made from, and is of other data; "
+                       "evaluate it with --again")
     return "; ".join(reasons)
 
 

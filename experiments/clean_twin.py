@@ -77,6 +77,9 @@ def main(argv=None):
 
     # ---- image encoder ----
     encoder, point_encoder, stage1, made_from = stage2.both_encoders(args, device)
+    if not stage1:
+        raise InputError(f"--stage1 {args.stage1}: released weights say no image size; give what "
+                         "stage1.py wrote")
     image_size = encoder.check_size(args.image_size or stage1["image_size"])
     args.lr = models.of_family(args.lr, encoder)
 

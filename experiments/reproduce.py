@@ -31,7 +31,7 @@ RULE = ("*holds*: the mean difference in the claimed direction is larger than th
         f"{NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE; "
         "*does not hold*: it is that large in the other direction; else *within noise*. Where a "
         "run is claimed to be *not worse*, within noise it holds. Where two are claimed to be *the "
-        "same*, it holds within noise alone.")
+        f"same*, it holds up to {NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE.")
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ COMMANDS = {
 # task: command of a probe, without --encoder and --out
 TASKS = {
     **{task: f"probe.py {WORLD} --task {task} {flags}" for task, flags in PROBES.items()},
-    "seg-twice": f"probe.py {WORLD} --task seg {PROBES['seg'].replace('epochs 8', 'epochs 16')}",
+    "seg-twice": f"probe.py {WORLD} --task seg {PROBES['seg']} --epochs 16",  # the last flag counts
     "nuimages": f"probe.py {IMAGES} --task seg {PROBES['seg']}",
     "seg-1%": f"finetune.py {WORLD} --task seg {ONE_PERCENT}",
     "nuimages-1%": f"finetune.py {IMAGES} --task seg {ONE_PERCENT}",
@@ -266,7 +266,7 @@ def verdict(differences, metric, says="better"):
     error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
     noise = max(2 * error, NOISE[metric])
     if says == "the same":
-        return "holds" if abs(mean) <= noise else "does not hold"
+        return "holds" if abs(mean) <= NOISE[metric] else "does not hold"
     if mean > noise:
         return "holds"
     if mean < -noise:
@@ -373,7 +373,7 @@ def found(paper, names, worlds, args):
     if trained:
         minutes = [statistics.mean(world.done[run]["seconds"] for world in worlds) / 60
                    for run in trained]
-        text += "\nMinutes of a training, as many steps on as many pictures: " + ", ".join(
+        text += "\nMinutes of a training of 1,495 steps: " + ", ".join(
             f"`{run}` {number:.0f}" for run, number in zip(trained, minutes)) + ".\n"
     return text
 

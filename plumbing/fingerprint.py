@@ -83,5 +83,5 @@ def check(subject, before, now, way_out):
         raise InputError(f"{subject} was made from another {changed}; {way_out}")
     unknown = [source for source in now if source not in before]
     if unknown:
-        say(f"{subject} does not say which {' and '.join(unknown)} it was made from; "
-            "it is older than fingerprints, so this is not checked")
+        say(f"{subject} does not say which {' and '.join(unknown)} it was made from, so this is "
+            "not checked")

@@ -29,7 +29,7 @@ MAY_CHANGE = {"data", "out", "device", "workers", "save_every", "on_bad_frame", 
               "recompute"}
 # Arguments that say where a source is, and the source. Its fingerprint is compared instead
 WHERE = {"version": "frames", "encoder": "encoder", "weights": "encoder", "hub": "encoder",
-         "feature": "encoder", "stage1": "stage1"}
+         "feature": "encoder", "stage1": "stage1", "depth_maps": "depth maps"}
 BAD_FRAMES = 0.01  # --on-bad-frame skip leaves out this part of the frames at most
 
 
@@ -85,8 +85,8 @@ def find_last(args, made_from=None):
     # It is: go on from it
     unknown = now.keys() - before.keys()
     if unknown:
-        say(f"{args.out}: a run from before fingerprints; whether "
-            f"{' and '.join(sorted(unknown))} are the same is not checked")
+        say(f"{args.out}: its checkpoint does not say which {' and '.join(sorted(unknown))} it was "
+            "made from, so this is not checked")
     if rank() == 0:
         for path in damaged:
             path.rename(path.with_suffix(".damaged"))

@@ -179,16 +179,18 @@ def strip(state, prefix):
     return part or state
 
 
-def check_fit(state, expected, subject):
+def check_fit(state, expected, file, otherwise=None, way_out=None):
     """Raise InputError unless `state` has exactly the tensors `expected`, and finite ones.
 
     expected: {name: shape}. The message names the first five faults.
+    file: what it begins with. otherwise: what follows where names or shapes are others, as these
+    are the tensors of another network. way_out: what it ends with then.
     """
     faults = _unlike(state, expected)
-    if not faults:
-        # The tensors are this network's, so only the file's name in "NAME: not the weights of ..."
-        # holds true
-        subject = str(subject).partition(": ")[0]
+    if faults:
+        file = f"{file}: {otherwise}" if otherwise else file
+    else:
+        way_out = None
         faults = [f"{name} holds numbers that are not finite" for name in expected
                   if not torch.isfinite(state[name]).all()]
     if not faults:
@@ -197,7 +199,7 @@ def check_fit(state, expected, subject):
                   and not name.endswith("num_batches_tracked")]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise InputError(f"{subject}: {'; '.join(faults[:5])}{more}")
+        raise InputError(f"{file}: {'; '.join(faults[:5])}{more}{f'; {way_out}' if way_out else ''}")
 
 
 def _unlike(state, expected):
@@ -214,8 +216,8 @@ def _unlike(state, expected):
     return faults
 
 
-def load_strictly(module, state, subject):
+def load_strictly(module, state, file, otherwise=None):
     """`module.load_state_dict(state)` after `check_fit`."""
     expected = {name: value.shape for name, value in module.state_dict().items()}
-    check_fit(state, expected, subject)
+    check_fit(state, expected, file, otherwise)
     module.load_state_dict(state)

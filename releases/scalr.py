@@ -74,15 +74,16 @@ def from_released(state_dict, grids=GRIDS, subject="state_dict"):
     GELU in the blocks and was trained with a drop path of 0.2. GELU is not in the weights: under
     another head, as after fine-tuning, ScaLR+ would be taken for ScaLR.
     """
-    subject = (f'{subject}: not the weights of a published WaffleIron, as "model_point" in '
-               'ScaLR\'s model.pth and "net" in ckpt_last.pth are')
+    otherwise = ('not the weights of a published WaffleIron, as "model_point" in ScaLR\'s '
+                 'model.pth and "net" in ckpt_last.pth are')
+    file, subject = subject, f"{subject}: {otherwise}"
     if not isinstance(state_dict, dict):
         raise InputError(f"{subject}: this is a {type(state_dict).__name__}")
     state = unwrapped(state_dict, subject)
     with torch.device("meta"):  # costs nothing until names and shapes are known to fit
         model = WaffleIron(**arguments_of(state, subject), grids=grids)
     names = {name: published(name, value.shape) for name, value in model.state_dict().items()}
-    check_fit(state, dict(names.values()), subject)
+    check_fit(state, dict(names.values()), file, otherwise)
     ours = {name: state[names[name][0]].reshape(value.shape)
             for name, value in model.state_dict().items()}
     model.to_empty(device="cpu").load_state_dict(ours)

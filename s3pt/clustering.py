@@ -195,18 +195,20 @@ def in_both_views(assignment, count):
 # ---- objects of other pictures -------------------------------------------------------------------
 
 @torch.no_grad()
-def nearest(queries, keys, chunk=2048):
+def nearest(queries, keys, chunk=2048, lengths=None):
     """The key of the largest cosine to each query, the first of equals: [Q] int64.
 
     queries: [Q, D]. keys: [K, D]. Both need not be normalised. -1 without keys.
+    lengths: [K] of the keys, where they are known.
     The similarities are made for `chunk` keys at a time.
     """
+    lengths = lengths_of(keys) if lengths is None else lengths
     with in_float32(queries):
         queries = queries.float()
         best = queries.new_full((len(queries),), -torch.inf)
         index = torch.full_like(best, -1, dtype=torch.int64)
         for first in range(0, len(keys), chunk):
-            some = F.normalize(keys[first:first + chunk].float(), dim=1)
+            some = keys[first:first + chunk].float() / lengths[first:first + chunk, None]
             # A query's own length does not change which key is its nearest
             cosine, place = (queries @ some.T).max(1)  # [Q]
             index = torch.where(cosine > best, first + place, index)
@@ -214,9 +216,15 @@ def nearest(queries, keys, chunk=2048):
     return index
 
 
-def nearest_in_views(queries, keys):
-    """`nearest` in each view for itself: [2, Q, D] and [2, K, D] -> [2, Q] int64."""
-    return torch.stack([nearest(*view) for view in zip(queries, keys)])
+def lengths_of(keys):
+    """The lengths [...] of vectors [..., D], and never 0."""
+    return keys.float().norm(dim=-1).clamp(min=1e-12)
+
+
+def nearest_in_views(queries, keys, lengths):
+    """`nearest` in each view for itself: [2, Q, D], [2, K, D] and [2, K] -> [2, Q] int64."""
+    return torch.stack([nearest(queries[view], keys[view], lengths=lengths[view])
+                        for view in (0, 1)])
 
 
 class Queue:
@@ -231,6 +239,7 @@ class Queue:
         self.images = images
         # The newest first; T objects in all, and each picture's number of them
         self.objects = torch.zeros(2, 0, dim, device=device)  # [2, T, D]
+        self.lengths = lengths_of(self.objects)               # [2, T], known for every search
         self.counts = torch.zeros(0, dtype=torch.int64)
 
     def __len__(self):
@@ -246,14 +255,16 @@ class Queue:
             raise ValueError(f"{len(counts)} pictures for a queue of {self.images}")
         self.counts = torch.cat([counts.cpu(), self.counts])[:self.images]
         kept = int(self.counts.sum()) - objects.shape[1]  # of those that were there
-        self.objects = torch.cat([objects.detach().float(), self.objects[:, :kept]], dim=1)
+        objects = objects.detach().float()
+        self.objects = torch.cat([objects, self.objects[:, :kept]], dim=1)
+        self.lengths = torch.cat([lengths_of(objects), self.lengths[:, :kept]], dim=1)
 
     def search(self, objects):
         """The nearest stored object of each of [2, O, D] in its own view: [2, O] int64.
 
         They are places in the queue; -1 where it is empty.
         """
-        return nearest_in_views(objects, self.objects)
+        return nearest_in_views(objects, self.objects, self.lengths)
 
     def stored(self, index, swapped=False):
         """The features at places [2, O] of `search`: [2, O, D]; 0 where it is empty.
@@ -278,7 +289,8 @@ class Queue:
             first: the place of this process's first object among them.
         """
         partners = self.stored(index, swapped=True)  # [2, O, D]
-        back = nearest_in_views(partners, candidates.flip(0))
+        candidates = candidates.flip(0)
+        back = nearest_in_views(partners, candidates, lengths_of(candidates))
         own = first + torch.arange(index.shape[1], device=index.device)
         return (back == own) & (index >= 0)
 
@@ -296,4 +308,5 @@ class Queue:
                 f"pictures, width {dim}; here width {self.objects.shape[2]}); give --queue "
                 f"{pictures} and the same encoder, or choose another --out")
         self.objects = state["objects"].to(self.objects)
+        self.lengths = lengths_of(self.objects)
         self.counts = state["counts"].cpu()

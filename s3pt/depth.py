@@ -21,6 +21,7 @@ from scipy.ndimage import (convolve1d, maximum_filter, maximum_filter1d, median_
 from data import nearest_per_pixel, project
 from plumbing.errors import InputError
 from plumbing.files import looks_like, read_bytes, unreadable
+from plumbing.fingerprint import digest
 from readers.cache import caches
 
 FILLS = ("fast", "extended", "multiscale", "multiscale-extended")
@@ -303,7 +304,7 @@ class FolderDepth:
     """Depth maps of a folder, one a picture, which any other method may have made.
 
     That of ROOT/a/b.jpg is FOLDER/a/b.npy, metres as floats [h, w], or FOLDER/a/b.png, millimetres
-    in 16 bits. 0 is unknown. A map may be smaller or larger than its picture.
+    in 16 bits, of the picture's own size. 0 is unknown.
     """
 
     def __init__(self, folder):
@@ -312,12 +313,12 @@ class FolderDepth:
     def check(self, tables):
         """Raise InputError unless there is a map for every picture and the first can be used.
 
-        Only the first map is read.
+        Only the first map is read here; another that cannot be used ends the run where it is met.
         """
         if not self.folder.is_dir():
             raise InputError(f"--depth-maps {self.folder}: no such folder; give that of the depth "
                              "maps")
-        images = [image.decode() for table in tables for image in table["image"][table.rows].flat]
+        images = images_of(tables)
         missing = [image for image in images if not self.path(image).is_file()]
         if missing:
             raise InputError(f"--depth-maps {self.folder}: {len(missing)} of {len(images)} "
@@ -325,6 +326,13 @@ class FolderDepth:
                              f"{self.path(missing[0])} (millimetres in 16 bits) or the same with "
                              ".npy (metres)")
         self(tables[0], tables[0].rows[0], 0)
+
+    def fingerprint(self, tables):
+        """What the pictures' maps are: how many, and a hash of the bytes of 16, evenly spread."""
+        images = images_of(tables)
+        some = images[::max(1, len(images) // 16)][:16]
+        return {"maps": len(images), "content": digest(self.path(image).read_bytes()
+                                                       for image in some)}
 
     def __call__(self, table, frame, camera):
         """The map [h, w] float32 of a picture, metres, 0 where unknown.
@@ -340,6 +348,11 @@ class FolderDepth:
         """The map of an image: .npy where there is one, else .png."""
         path = (self.folder / image).with_suffix(".npy")
         return path if path.is_file() else path.with_suffix(".png")
+
+
+def images_of(tables):
+    """The paths of all pictures of some tables, below their roots."""
+    return [image.decode() for table in tables for image in table["image"][table.rows].flat]
 
 
 def read_map(path):
@@ -369,12 +382,11 @@ def read_map(path):
 
 
 def check_depths(path, depths, raw_size):
-    """Raise InputError for a map of another shape than its picture, or one that tells nothing."""
-    height, width = depths.shape
-    fitting = height * raw_size[1] / raw_size[0]  # the width that a map of this height should have
-    if not abs(width - fitting) <= max(1, 0.01 * fitting):
-        raise InputError(f"{path}: of another size: {height}x{width} is no smaller or larger "
-                         f"{raw_size[0]}x{raw_size[1]}, as its picture is; write it anew")
+    """Raise InputError for a map of another size than its picture, or one that tells nothing."""
+    if depths.shape != tuple(raw_size):
+        raise InputError(f"{path}: of another size than its picture, "
+                         f"{'x'.join(map(str, depths.shape))} and not "
+                         f"{'x'.join(map(str, raw_size))}; write it anew")
     wrong = np.count_nonzero(~(np.isfinite(depths) & (depths >= 0)))
     if wrong:
         raise InputError(f"{path}: {wrong} of {depths.size} depths are negative or not finite; "

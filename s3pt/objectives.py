@@ -75,6 +75,11 @@ class Prototypes(nn.Module):
             bias = vmf_log_constant(kappa.abs(), self.weight_v.shape[1])
         return self.weight_v, kappa, bias
 
+    def norms(self):
+        """The least, the median and the largest length of a prototype."""
+        lengths = self.weight_g.detach().abs()
+        return [lengths.min().item(), lengths.median().item(), lengths.max().item()]
+
     def forward(self, z, temperature):
         """Unit vectors [..., p] to the logarithms, up to a constant, of probabilities [..., K]."""
         return F.linear(z, *self.layer(temperature))
@@ -375,10 +380,8 @@ def health(z, prototypes, center, temperature):
     used = torch.cat(used).unique()
     directions = F.normalize(prototypes.weight_v[used], dim=1)
     again = (directions @ directions.T).tril(-1) >= 0.9
-    lengths = prototypes.weight_g.abs()
     most = math.log(min(len(mean), max(2, len(z))))
     return {"entropy_of_mean": min(1.0, torch.special.entr(mean).sum().item() / most),
             "mean_entropy": entropy / math.log(len(mean)),
             "prototypes_used": len(used) - int(again.any(1).sum()),
-            "prototype_norms": [lengths.min().item(), lengths.median().item(),
-                                lengths.max().item()]}
+            "prototype_norms": prototypes.norms()}

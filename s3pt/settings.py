@@ -48,7 +48,9 @@ def parse(description, argv=None):
     parser = Parser(description)
     add = parser.add_argument
     training.add_arguments(parser, versions="+")
-    add("--objective", choices=OBJECTIVES, default="s3pt", help="(default: %(default)s)")
+    add("--objective", choices=OBJECTIVES, default="s3pt",
+        help="DINO, which CrIBo adds objects to, which S3PT adds depth to (default: %(default)s; "
+             "Tables 5, 6, 7)")
     add("--encoder", default="vit_small16", metavar="NAME",
         help="a vision transformer that `python models.py` lists (default: %(default)s)")
     add("--weights", help="file of weights to begin with (default: random ones)")
@@ -190,8 +192,9 @@ def settle(args):
     for name in ("crop", "local_crop"):
         side = getattr(args, name)
         if side % row.patch_size and (name == "crop" or args.local_crops):
+            near = max(1, round(side / row.patch_size)) * row.patch_size
             raise InputError(f"--{name.replace('_', '-')} {side}: {row.name} has patches of "
-                             f"{row.patch_size} pixels, which do not divide it")
+                             f"{row.patch_size} pixels, which do not divide it; give {near}")
     for name in ("scale", "local_scale"):
         least, most = getattr(args, name)
         if least > most:

@@ -133,6 +133,7 @@ def checkup(seen, mask, batch, teacher, center, temperature):
     found |= feature_spread(seen.tokens.flatten(0, 1))
     if seen.assignment is None:
         return found
+    found["object_prototype_norms"] = teacher.head.last_layer_c.norms()
     in_use = torch.zeros_like(seen.valid).scatter(1, seen.assignment, True)
     depths = batch["depths"].isfinite()
     for name, values in (("clusters", in_use.sum(1)), ("objects", seen.valid.sum(1)),
@@ -181,6 +182,9 @@ def main(argv=None):
     made_from = {"frames": of_frames(tables)}
     if args.weights:
         made_from["encoder"] = encoder.fingerprint()
+    if args.depth_maps:
+        made_from["depth maps"] = training.by_first_process(
+            lambda: pictures.depth.fingerprint(tables))
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
     total = args.steps or len(pictures) // args.batch * args.epochs

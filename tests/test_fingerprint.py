@@ -205,8 +205,8 @@ def test_runs_from_before_fingerprints_are_taken_with_a_line(world, moved, capsy
     stage2.main(stage2_args(world, s1, s2, *ONE_STEP))
     printed = capsys.readouterr().out
     assert f"--stage1 {s1} does not say which encoder it was made from" in printed
-    assert (f"{s2}: a run from before fingerprints; whether encoder and frames and input and "
-            "stage1 are the same is not checked") in printed
+    assert (f"{s2}: its checkpoint does not say which encoder and frames and input and stage1 it "
+            "was made from, so this is not checked") in printed
     evaluate(p)
     assert f"{p}: its head does not say which encoder" in capsys.readouterr().out
     assert (p / "results.json").is_file()

@@ -22,7 +22,7 @@ def result(run="a", frames=6, **changes):
     (result("b", percent=1), "percent 100 and 1"),
     (result("b", head="batchnorm"), "head linear and batchnorm"),
     ({"run": "b", "task": "seg", "mIoU": {"full": 50.0}, "columns": COLUMNS},
-     "from before fingerprints")])
+     "does not say what it was made from")])
 def test_what_cannot_be_compared_has_no_difference_and_a_line_that_says_why(other, why):
     text = results_table([result(), other])
     assert "b is not compared with a: " in text and why in text

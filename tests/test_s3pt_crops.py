@@ -12,6 +12,7 @@ from plumbing.errors import InputError
 from readers.table import open_tables
 from s3pt.crops import (Crops, Views, collate, cut, distorted, draw_box, token_depths,
                         token_positions)
+from s3pt.depth import LidarDepth
 
 VIEWS = Views(crop=64, local_crops=3, local_crop=32, patch=8, clusters=16)
 
@@ -68,8 +69,8 @@ def test_depths_are_those_of_the_positions(box, flipped):
     depths = depth_at(x, y).astype(np.float32)
     found = token_depths(depths, np.array([220, 248]), box, flipped, (8, 8))
     x, y = token_positions(box, flipped, (8, 8)).T
-    # Half a token's pixel of the map, which is 4 pixels wide
-    assert np.abs(found - depth_at(x, y)).max() < 0.3 * 2.5
+    # Half a pixel of the map, which is 4 pixels wide, in each direction
+    assert np.abs(found - depth_at(x, y)).max() < (0.1 + 0.2) * 2 + 1e-5
 
 
 def test_a_tokens_depth_is_the_mean_of_what_is_known():
@@ -144,18 +145,23 @@ def everywhere(table, frame, camera):
 
 
 def test_an_items_crops_are_where_its_positions_say(tmp_path, monkeypatch):
-    """Of a picture whose red is its column and whose green is its row."""
+    """Of a picture whose red is its column and whose green is its row; and whose depth is 10 m more
+    than both."""
     y, x = np.mgrid[:200, :240].astype(np.uint8)
     Image.fromarray(np.stack([x, y, 0 * x], -1)).save(tmp_path / "places.png")
     monkeypatch.setattr(s3pt.crops, "distorted", lambda image, *_: image)
-    crops = Crops(open_tables(f"pictures={tmp_path}"), VIEWS)
+    depths = 10 + x.astype(np.float32) + y
+    crops = Crops(open_tables(f"pictures={tmp_path}"), VIEWS, lambda *_: depths)
     turned = set()
     for epoch in range(8):
         item = crops[epoch, 0]
-        for image, positions in zip(item["image"], item["positions"].split(64)):
+        for image, positions, metres in zip(item["image"], item["positions"].split(64),
+                                            item["depths"].split(64)):
             pixels = image[:2].permute(1, 2, 0).double().numpy()  # [64, 64, 2]
             found = patch_means(pixels, 8)
-            assert np.abs(found - positions.numpy()).max() < 1
+            assert np.abs(found - positions.numpy()).max() < 0.5
+            # Half a pixel in each direction
+            assert np.abs(10 + positions.sum(1) - metres).max() <= 1
             turned.add(bool(positions[0, 0] > positions[7, 0]))
     assert turned == {False, True}
 
@@ -253,13 +259,19 @@ def test_a_large_jpeg_is_decoded_no_larger_than_its_crops_need(tmp_path, monkeyp
     assert max((a - b).abs().mean().item() for a, b in zip(found, whole)) < 1.5
 
 
-def test_crops_of_real_pictures_carry_their_places():
+def test_crops_of_real_pictures_carry_their_places_and_depths(tmp_path):
     root = SHARED / "real" / "pandaset"
     if not root.is_dir():
         pytest.skip("no real frames here")
-    crops = Crops(open_tables(f"pandaset64={root}"), Views())
+    crops = Crops(open_tables(f"pandaset64={root}"), Views(), LidarDepth(folder=tmp_path))
     item = crops[0, 0]
     height, width = crops.tables[0]["image_size"][0, 0]
     x, y = item["positions"].T
     assert 0 <= x.min() and x.max() < width and 0 <= y.min() and y.max() < height
     assert item["image"].float().std() > 5
+    # On a street what is lower in the picture is nearer
+    known = item["depths"].isfinite()
+    assert known.float().mean() > 0.3
+    depths = item["depths"][known]
+    assert 0.5 < depths.min() and depths.max() < 100
+    assert torch.corrcoef(torch.stack([y[known], depths]))[0, 1] < -0.3

@@ -14,7 +14,7 @@ from readers.frame_table import FrameTable
 from s3pt import depth
 from s3pt.depth import FolderDepth, LidarDepth, projected
 
-RAMP = np.linspace(1, 60, 40 * 80).reshape(40, 80)  # metres, of half the pictures' size
+RAMP = np.linspace(1, 60, 80 * 160).reshape(80, 160)  # metres
 
 
 @pytest.fixture(scope="module")
@@ -202,21 +202,23 @@ def test_maps_of_a_folder(table, tmp_path):
 
 
 @pytest.mark.parametrize("suffix, write, words", [
-    (".npy", lambda file: np.save(file, RAMP[:, :60]), "of another size: 40x60"),
+    *((".npy", lambda file, other=other: np.save(file, other), f"of another size .*{shape} and not 8")
+      for other, shape in ((RAMP[1:], "79x160"), (RAMP[:, 1:], "80x159"), (RAMP[::2, ::2], "40x80"),
+                           (RAMP.T, "160x80"), (RAMP[:0], "0x160"))),
     (".npy", lambda file: np.save(file, np.where(RAMP < 2, np.nan, RAMP)), "not finite"),
     (".npy", lambda file: np.save(file, np.where(RAMP < 2, np.inf, RAMP)), "not finite"),
-    (".npy", lambda file: np.save(file, -RAMP), "3200 of 3200 depths are negative"),
+    (".npy", lambda file: np.save(file, -RAMP), "12800 of 12800 depths are negative"),
     (".npy", lambda file: np.save(file, 0 * RAMP), "all depths are 0"),
-    (".npy", lambda file: np.save(file, RAMP.astype(int)), r"int64 of shape \(40, 80\)"),
-    (".npy", lambda file: np.save(file, RAMP[None]), r"shape \(1, 40, 80\)"),
+    (".npy", lambda file: np.save(file, RAMP.astype(int)), r"int64 of shape \(80, 160\)"),
+    (".npy", lambda file: np.save(file, RAMP[None]), r"shape \(1, 80, 160\)"),
     (".npy", lambda file: np.save(file, np.array([{}])), "not a readable depth map"),
     (".npy", lambda file: np.savez(file, RAMP), "a zip archive"),
     (".npy", lambda file: file.write(b"<html>"), "a web page"),
     (".npy", lambda file: file.write(b""), "not a readable depth map"),
     (".png", lambda file: Image.fromarray(RAMP.astype(np.uint8)).save(file, "PNG"), "mode L, "),
-    (".png", lambda file: Image.new("RGB", (80, 40)).save(file, "PNG"), "mode RGB, "),
-    (".png", lambda file: Image.new("I;16", (80, 40)).save(file, "PNG"), "all depths are 0"),
-    (".png", lambda file: Image.new("L", (80, 40)).save(file, "JPEG"), "not a readable depth map"),
+    (".png", lambda file: Image.new("RGB", (160, 80)).save(file, "PNG"), "mode RGB, "),
+    (".png", lambda file: Image.new("I;16", (160, 80)).save(file, "PNG"), "all depths are 0"),
+    (".png", lambda file: Image.new("L", (160, 80)).save(file, "JPEG"), "not a readable depth map"),
     (".png", lambda file: file.write(b"version https://git-lfs"), "git lfs pull")])
 def test_maps_that_cannot_be_used_are_named(table, tmp_path, suffix, write, words):
     path = map_of(tmp_path, table, 0, suffix)

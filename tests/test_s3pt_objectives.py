@@ -259,6 +259,16 @@ def test_the_teachers_side_gets_no_gradient():
     assert seen.grad is None and teacher.weight_v.grad is None and teacher.weight_g.grad is None
     assert z.grad.abs().sum() > 0 and student.weight_v.grad.abs().sum() > 0
 
+    # Of objects, too
+    layers = Prototypes(32, 40), Prototypes(32, 40)
+    z, seen, near = (unit(2, 5, 32, seed=seed).requires_grad_() for seed in range(3))
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    center = Center(40, "probability")
+    object_loss(z, seen, near, mask, layers, center, (0.1, 0.04))[0].backward()
+    assert seen.grad is None and near.grad is None
+    assert all(value.grad is None for value in layers[1].parameters())
+    assert z.grad.abs().sum() > 0 and layers[0].weight_v.grad.abs().sum() > 0
+
 
 # ---- teacher and optimizer -----------------------------------------------------------------------
 
