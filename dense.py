@@ -68,10 +68,10 @@ def resized_labels(labels, size):
     return np.array(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def padded(image, crop, colour):
-    """An image [3, H, W] with what it lacks of `crop` below and on the right in colour [3]."""
+def padded(image, sides, colour):
+    """An image [3, H, W] with what it lacks of `sides` below and on the right in colour [3]."""
     H, W = image.shape[1:]
-    canvas = colour.to(image).view(3, 1, 1).repeat(1, max(H, crop), max(W, crop))
+    canvas = colour.to(image).view(3, 1, 1).repeat(1, max(H, sides[0]), max(W, sides[1]))
     canvas[:, :H, :W] = image
     return canvas
 
@@ -190,7 +190,7 @@ class Pictures(Frames):
 
         image = torch.from_numpy(np.array(distorted)).permute(2, 0, 1)
         missing = [(0, crop - side) for side in labels.shape]
-        return padded(image, crop, self.colour), np.pad(labels, missing)
+        return padded(image, (crop, crop), self.colour), np.pad(labels, missing)
 
 
 def collate(items):
@@ -242,27 +242,27 @@ def cross_entropies(logits, labels):
     return torch.stack(sums), int((truth >= 0).sum())
 
 
-def slide(image, crop, stride, colour, predict, at_once=8):
+def slide(image, crop, stride, colour, predict, patch=1, at_once=8):
     """Logits [C, H, W] of an image [3, H, W]: the mean of those of the windows on each pixel.
 
-    crop, stride: side of a window and the step to the next, in pixels. colour: of what a smaller
-    image is padded with. predict: windows [n, 3, crop, crop] -> logits [n, C, h, w], which are
-    up-sampled to the window. at_once: windows in a batch.
+    crop, stride: side of a window and the step to the next, in pixels. A window is no longer than
+    an image's side; colour: of what makes that whole patches. predict: windows [n, 3, h, w] ->
+    logits [n, C, ...], which are up-sampled to the window. at_once: windows in a batch.
     """
-    # All windows of the image, which may be larger than it
     H, W = image.shape[1:]
-    canvas = padded(image, crop, colour)
-    places = list(product(starts(H, crop, stride), starts(W, crop, stride)))
-    windows = torch.stack([canvas[:, top:top + crop, left:left + crop] for top, left in places])
+    high, wide = (min(crop, -(-side // patch) * patch) for side in (H, W))
+    canvas = padded(image, (high, wide), colour)
+    places = list(product(starts(H, high, stride), starts(W, wide, stride)))
+    windows = torch.stack([canvas[:, top:top + high, left:left + wide] for top, left in places])
     logits = torch.cat([predict(some) for some in windows.split(at_once)])  # [n, C, h, w]
 
     # One window's logits at a time are as large as its pixels
     total = canvas.new_zeros(logits.shape[1], *canvas.shape[1:])
     times = canvas.new_zeros(canvas.shape[1:])  # that a pixel is seen
     for (top, left), of_window in zip(places, logits):
-        rows = slice(top, top + crop)
-        cols = slice(left, left + crop)
-        total[:, rows, cols] += up_sampled(of_window[None], (crop, crop))[0]
+        rows = slice(top, top + high)
+        cols = slice(left, left + wide)
+        total[:, rows, cols] += up_sampled(of_window[None], (high, wide))[0]
         times[rows, cols] += 1
     return (total / times)[:, :H, :W]
 
@@ -285,7 +285,8 @@ def judge(segmenter, pictures, names, windows, workers):
         batch = training.to_device(batch, device)
         labels = batch["labels"]  # [1, H, W]
         logits = slide(batch["image"][0], *windows, pictures.colour / 255,
-                       lambda images: segmenter(images).flatten(1, 2))
+                       lambda images: segmenter(images).flatten(1, 2),
+                       segmenter.encoder.patch_size)
         logits = up_sampled(logits[None], labels.shape[1:])[0].flatten(1)  # [K C, H W]
 
         # As items of points are counted: each of one view

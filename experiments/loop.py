@@ -1,7 +1,7 @@
 """The set-up of stage 1 and the loop of both stages, with model and loss as arguments.
 
-The ablations and clean_twin.py train by it. stage1.py and stage2.py each write the loop out for one model and one
-loss, to be read from top to bottom.
+The ablations and clean_twin.py train by it. stage1.py and stage2.py each write the loop out for one
+model and one loss, to be read from top to bottom.
 """
 import torch
 from tqdm import tqdm

@@ -30,7 +30,8 @@ PROCESSES = ("Raise the limit of processes (`ulimit -u`; Docker: --pids-limit), 
              "--workers")
 CRASH = ("A library crashed, or memory is used up: use fewer --workers, give Docker --shm-size 8g "
          "or --ipc=host; with --workers 0 a crash shows where it is")
-GPU_MEMORY = "Add --recompute (stages 1 and 2, s3pt.train), use more processes, or a smaller --batch"
+GPU_MEMORY = ("Add --recompute (stages 1 and 2, s3pt.train), use more processes, or a smaller "
+              "--batch")
 OTHER = "Another process of this run ended first: do what its own message says"
 
 # Faults of the machine, not of the program: (pattern of "TypeName: message", what to do about it).

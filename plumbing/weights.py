@@ -199,7 +199,8 @@ def check_fit(state, expected, file, otherwise=None, way_out=None):
                   and not name.endswith("num_batches_tracked")]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise InputError(f"{file}: {'; '.join(faults[:5])}{more}{f'; {way_out}' if way_out else ''}")
+        ending = f"; {way_out}" if way_out else ""
+        raise InputError(f"{file}: {'; '.join(faults[:5])}{more}{ending}")
 
 
 def _unlike(state, expected):

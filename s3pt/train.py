@@ -83,6 +83,18 @@ def pictures_of(args, encoder):
     return pictures, tables
 
 
+def sources_of(args, encoder, pictures, tables):
+    """Fingerprints of what a run is made from: {source: fingerprint}."""
+    sources = {"frames": of_frames(tables)}
+    # Random weights are the seed's, and LiDAR's depths the frames'
+    if args.weights:
+        sources["encoder"] = encoder.fingerprint()
+    if args.depth_maps:
+        sources["depth maps"] = training.by_first_process(
+            lambda: pictures.depth.fingerprint(tables))
+    return sources
+
+
 def clustering_of(args, dim, device):
     """How objects are found, and where those of other pictures are kept; DINO has neither."""
     if args.objective == "dino":
@@ -179,12 +191,7 @@ def main(argv=None):
     settings, queue = clustering_of(args, encoder.row.arguments["dim"], device)
 
     # ---- resume: a run of the same arguments and frames goes on ----
-    made_from = {"frames": of_frames(tables)}
-    if args.weights:
-        made_from["encoder"] = encoder.fingerprint()
-    if args.depth_maps:
-        made_from["depth maps"] = training.by_first_process(
-            lambda: pictures.depth.fingerprint(tables))
+    made_from = sources_of(args, encoder, pictures, tables)
     checkpoint = find_last(args, made_from)
     first = checkpoint["step"] if checkpoint else 0
     total = args.steps or len(pictures) // args.batch * args.epochs

@@ -63,7 +63,7 @@ def test_logits_of_overlapping_windows_are_averaged():
     assert logits.tolist() == [[[0, 0, 0.5, 0.5, 1, 1]] * 4]
 
 
-def test_one_window_where_the_image_fits_with_the_mean_colour_beside_it():
+def test_one_window_where_the_image_fits_in_whole_patches_of_the_mean_colour():
     calls = []
 
     def predict(windows):
@@ -71,16 +71,20 @@ def test_one_window_where_the_image_fits_with_the_mean_colour_beside_it():
         return windows
     image = torch.rand(3, 5, 8)
     assert torch.equal(slide(image, 8, 3, COLOUR, predict), image)
-    ((window,),) = calls
-    assert window.shape == (3, 8, 8)
-    assert torch.equal(window[:, :5], image)
-    assert torch.equal(window[:, 5:], COLOUR.view(3, 1, 1).expand(3, 3, 8))
+    assert torch.equal(slide(image, 12, 3, COLOUR, predict, patch=3), image)
+    ((as_it_is,), (window,)) = calls
+    assert torch.equal(as_it_is, image)
+    assert window.shape == (3, 6, 9)
+    assert torch.equal(window[:, :5, :8], image)
+    beside = torch.ones(6, 9, dtype=torch.bool)
+    beside[:5, :8] = False
+    assert torch.equal(window[:, beside], COLOUR.view(3, 1).expand(3, 6 + 8))
 
 
 def test_nothing_is_padded_that_is_large_enough():
     image = torch.randint(0, 256, (3, 6, 9), dtype=torch.uint8)
-    assert torch.equal(padded(image, 6, torch.zeros(3)), image)
-    assert padded(image, 8, torch.full((3,), 7))[:, 6:, :].unique().tolist() == [7]
+    assert torch.equal(padded(image, (6, 9), torch.zeros(3)), image)
+    assert padded(image, (8, 9), torch.full((3,), 7))[:, 6:, :].unique().tolist() == [7]
 
 
 # ---- crops and colours ---------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def test_minutes_stand_beside_trainings_of_other_lengths(dry, tmp_path, monkeypa
                     "--out", str(out)])
     text = out.read_text()
     assert "less than 3 points above the same network untrained get no verdict." in text
-    assert text.count("\nMinutes of a training, as many steps on as many pictures: "
+    assert text.count("\nMinutes of a training of 1,495 steps: "
                       "`s3pt-cribo` 1, `s3pt` 1.\n") == 1
 
 
