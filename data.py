@@ -86,7 +86,7 @@ def project(xyz, cam_from_lidar, intrinsics, size, min_depth=1.0, margin=1):
 
 
 def nearest_per_pixel(pixels, depths):
-    """Numbers of the points that remain when each (whole) pixel keeps its nearest point only."""
+    """Numbers [M] of those points [N, 2] (row, col) that are nearest in their (whole) pixel."""
     order = np.argsort(depths, kind="stable")
     whole = np.floor(pixels[order]).astype(np.int64)
     first = np.unique(whole, axis=0, return_index=True)[1]
@@ -110,7 +110,10 @@ def rotate_and_flip(xyz, rng):
 
 
 def one_per_voxel(xyz, voxel, rng=None):
-    """Numbers of the points kept, one a voxel: a random one, or the first where rng is None."""
+    """Numbers [M] of the points kept, one a voxel: a random one, or the first where rng is None.
+
+    xyz: [N, 3] in metres, not beyond 2^20 voxels. voxel: its side in metres.
+    """
     order = np.arange(len(xyz)) if rng is None else rng.permutation(len(xyz))
     # A voxel's three numbers of 21 bits make one, so that sorting is 1-D
     x, y, z = (np.floor(xyz[order] / voxel).astype(np.int64) + 2**20).T
@@ -158,8 +161,8 @@ class Frames(torch.utils.data.Dataset):
         target: "labels"; "depths": of the nearest point of each pixel, up to DEPTHS; or None.
         points: which of a scan's points the 3D encoder gets: "random", one of each voxel;
             "augmented", the same of a cloud that is rotated and flipped; "first" of each voxel;
-            "every", the same without a limit to their number, where the item has all points, and
-            `nearest`, of each one the nearest that the 3D encoder gets.
+            "every": the first of each voxel, without `max_points`. The item then keeps all A
+            points, and nearest[a] is the row of the 3D encoder's point nearest to point a.
         skip_bad: take the next frame in the place of one that cannot be read; the item's `bad` has
             its number and why.
     `most`, set afterwards, limits an item's points to that many, drawn anew each epoch.
@@ -167,7 +170,7 @@ class Frames(torch.utils.data.Dataset):
     An item is a dict: condition (index into `conditions`, -1 where the dataset states none);
     of several datasets also dataset (index into `datasets`);
     image uint8 [3, H, W]; pixels [N, 2] (row, col) in the resized image; depths [N] metres; labels
-    [N]; inputs, what the 3D encoder eats: {name: [N, ...]}; nearest [A] of all A points. With
+    [N]; inputs, the 3D encoder's: {name: [N, ...]}; nearest [A] of all A points. With
     neither target nor 3D encoder there is only the image, and no scan is read.
     All randomness of an item is a function of (seed, epoch, number), whatever the process or batch
     that it falls into.

@@ -62,7 +62,10 @@ def unit_parts(features, widths=None):
 
 
 def distances(pixel_features, point_features, widths=None):
-    """How far the L2-normalised features [M, D] of each pair are apart: [M]; widths: see below."""
+    """How far the L2-normalised features [M, D] of each pair are apart: [M].
+
+    widths: as of `distillation_loss`.
+    """
     g = unit_parts(pixel_features, widths)
     f = unit_parts(point_features, widths)
     # vector_norm has the subgradient 0 at 0, where sqrt(sum of squares) gives NaN

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node 4 eval.py runs/probe-a runs/probe-b    # on 4 GPUs
 
 Each probe is evaluated once on the validation split, into results.json beside its last.pth, and
-again where the probe, its encoder or the labels have changed since. With --data of other frames
-than the probe's own, or where its own are others now, the result goes to results-HASH.json. The
+again where the probe, its encoder or the labels have changed since. On other frames than the
+probe's own (--data, or where its own have changed) the result goes to results-HASH.json. The
 table is printed and written to OUT.md and OUT.json; a difference stands there only where two rows
 can be compared. Collaborative-distillation paper, Sec. 4.2 and C.3.
 """

@@ -33,6 +33,7 @@ class Whitening(nn.Module):
         self.matrix.copy_(directions / (variance + 1e-4 * variance.max()).sqrt())
 
     def forward(self, x):
+        """[N, D] -> [N, D]."""
         return (x - self.mean) @ self.matrix
 
 
@@ -130,7 +131,7 @@ class SideBySide(nn.ModuleList):
         return torch.stack([head(maps, draws) for head in self], dim=1)
 
 
-# ---- what a 3D encoder ends in: [N, channels] -> [N, out] ----------------------------------------
+# ---- what a 3D encoder ends in: [N, channels] -> [N, out]; hidden: inside of `mlp` ---------------
 
 def linear_layer(channels, hidden, out):
     return nn.Linear(channels, out)

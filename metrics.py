@@ -45,7 +45,7 @@ def depth_sums(prediction, truth, view, images):
 
 
 def rmse(sums):
-    """(mean over images of an image's RMSE, RMSE over all points) in metres.
+    """(mean over images of an image's RMSE, RMSE over all points) in metres; NaN without points.
 
     sums: `depth_sums` of the images, [I, 2].
     """
@@ -111,7 +111,11 @@ class Confusion:
             self.counts[condition] += confusion_matrix(prediction, truth, len(self.names))
 
     def metrics(self, occurring):
-        """mIoU and IoU in percent: of all frames, and of these conditions, by number."""
+        """{"mIoU": {column: percent}, "IoU": {column: {class: percent}}}.
+
+        Columns are "full" and the conditions of these numbers. None where there is no label.
+        """
+        # Frames whose condition nobody states count in "full" alone: they are the last matrix
         parts = {"full": self.counts.sum(0)}
         parts |= {self.conditions[number]: self.counts[number] for number in occurring}
         mean, each = {}, {}
@@ -138,7 +142,7 @@ class DepthSums:
         self.counts[numbers, 2] = batch["condition"].double()
 
     def metrics(self, occurring):
-        """RMSE by image and by point in metres: of all frames, and of these conditions."""
+        """{"RMSE": {column: metres}, "RMSE_points": the same over all points}; columns as above."""
         pairs = {"full": rmse(self.counts[:, :2])}
         for number in occurring:
             pairs[self.conditions[number]] = rmse(self.counts[self.counts[:, 2] == number, :2])

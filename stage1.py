@@ -8,7 +8,7 @@ the paper's run:
     python stage1.py --data /data/nuscenes --encoder dinov2_vits14 --out runs/s1   # one GPU
     python stage1.py ... --device cpu --channels 64 --depth 4 --limit 100 --steps 20   # a try
 
---recipe scalr and scalr+ train as those two do, and --encoder A B has two teachers.
+--recipe scalr or scalr+ takes the settings of ScaLR or ScaLR+; --encoder A B has two teachers.
 
 Writes OUT/last.pth and OUT/log.jsonl. Started again with the same arguments, it goes on from
 last.pth.
@@ -61,7 +61,7 @@ def fill_in(args):
     for name, value in RECIPES[args.recipe or "cd"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.recipe == "cd":  # as where none is given, for a run that goes on
+    if args.recipe == "cd":  # the default, so that a run goes on with the flag or without
         args.recipe = None
     if args.batch is None:
         args.batch = scalr_lengths(args.channels)["batch"]
@@ -140,13 +140,13 @@ def parse(argv=None):
         help="half extents of WaffleIron's planes in metres (default: the dataset's, 64 64 8, "
              "ScaLR supplement B.2)")
     add("--cell", type=POSITIVE,
-        help="their cells' side in metres (default: the dataset's, 0.5, same)")
+        help="their cells' side in metres (default: the dataset's, 0.5, supplement B.2)")
     add("--voxel", type=POSITIVE,
         help="one point per voxel of this side in metres (default: the dataset's, 0.1)")
     add("--max-points", type=COUNT,
         help="points of a view at most (default: the dataset's, 20000)")
     add("--neighbors", type=COUNT,
-        help="of a point in the embedding (default: the dataset's, 16, same)")
+        help="of a point in the embedding (default: the dataset's, 16, supplement B.2)")
     # the frames
     add("--conditions", nargs="+", action=Distinct,
         help="frames to learn from, of a dataset that tells conditions; all: every one (default: "

@@ -91,7 +91,7 @@ def settle(args):
     "-" becomes None, the default. Raises InputError where their numbers differ.
     """
     encoders = [args.encoder] if isinstance(args.encoder, str) else args.encoder
-    # A checkpoint of one encoder's run has the arguments that it always had
+    # Of one encoder single values, as in the checkpoints of such runs
     for name in ("weights", "feature"):
         values = getattr(args, name)
         if values and len(values) != len(encoders):

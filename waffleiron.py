@@ -31,7 +31,7 @@ GRIDS = ((256, 256), (256, 32), (256, 32))  # cells (H, W) of the planes with no
 # ---- from a cloud to inputs ----------------------------------------------------------------------
 
 def prepare(xyz, intensity, rng, sampling):
-    """What WaffleIron eats of a cloud.
+    """WaffleIron's inputs of a cloud.
 
     Args:
         xyz: [A, 3] in metres. intensity: [A].
@@ -76,8 +76,8 @@ def nearest_neighbors(xyz, count):
     available = min(count, len(xyz) - 1)
     if available < 1:
         return np.zeros((len(xyz), count), np.int64)
-    # The first found is the point itself. Only where two share a place it may be the other one,
-    # and then the point itself is among the others: there the first takes its place.
+    # The first found is the point itself, unless another has the same place. Then the point is
+    # among the others, where the first found takes its place.
     ranks = [1, *(np.arange(count) % available + 2)]
     found = cKDTree(xyz).query(xyz, k=ranks)[1]  # [N, 1 + count]
     first, others = found[:, :1], found[:, 1:]
@@ -288,13 +288,13 @@ class WaffleIron(nn.Module):
         self.head = HEADS[head](channels, hidden, out_channels)
 
     def forward(self, batch):
-        """A batch -> [N, Cout]. Its `view` [N] says which cloud a point is from; its `inputs` are
+        """A batch -> [N, Cout].
 
-            points [N, Cin]; cells [N, P]: cells[:, p] is row * W + col on plane p of the cloud's
-            own grid; neighbors [N, K]: rows of the whole batch, without the point itself.
-
-        All but the points are int64. Numbers in [0, 1) that decide of `drop_path` in training may
-        stand in its `draws` [2 depth, B]. Raises ValueError for a cell outside its grid.
+        view: int64 [N], the cloud that each point is from.
+        inputs: points [N, Cin]; cells int64 [N, P], cells[:, p] is row * W + col on plane p of the
+            cloud's own grid; neighbors int64 [N, K], rows of the batch without the point itself.
+        draws: optional, [2 depth, B] in [0, 1), for drop path in training.
+        Raises ValueError for a cell outside its grid.
         """
         return self.head(self.features(batch))
 

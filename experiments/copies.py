@@ -4,10 +4,10 @@ experiments/corruptions.py makes them; any reader opens them. A copy holds the c
 their old names, symbolic links to the others, `conditions.json` (see readers/conditions.py)
 and `corrupted.json`, which says how it was made. It is written whole or not at all.
 
-An image is changed in the size that an encoder sees, or in its own where that is smaller, and is to
-have its own size again. `enlarged` looks for the image that readers.files.read_image shrinks to the
-changed one. On 1600x900 pictures of nuScenes and nuImages, changed at 224x448, written as JPEG and
-read again at that size, it comes so near. Lanczos is the best of Pillow's ways to enlarge:
+An image is shrunk to the size that an encoder sees, unless it is smaller, changed there, and
+written in its own size again. `enlarged` looks for the image that readers.files.read_image shrinks
+to the changed one. On 1600x900 pictures of nuScenes and nuImages, changed at 224x448, written as
+JPEG and read again at that size, it comes so near. Lanczos is the best of Pillow's ways to enlarge:
 
                        RMS difference, of 255    standard deviation of the change, 1 is right
                        here     Lanczos          here     Lanczos

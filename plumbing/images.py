@@ -1,4 +1,4 @@
-"""Images that an encoder cannot mean anything by are refused, in one line."""
+"""Checks that images have the shape, type, range and device that an encoder expects."""
 import torch
 
 from plumbing.errors import InputError

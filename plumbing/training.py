@@ -153,8 +153,10 @@ def gather_rows(rows):
 
 
 def share(count, device):
-    """DDP averages over processes, which hold different numbers of pairs. A process's mean times
-    this factor makes that average the mean over all pairs.
+    """The factor, a scalar tensor, with which a process's mean over `count` pairs enters DDP.
+
+    DDP averages over the processes, which hold different numbers of pairs. Each one's mean times
+    this factor makes that average the mean over all pairs. All processes must call it.
     """
     total = sum_over_processes(torch.tensor(float(count), device=device))
     return count * world() / total.clamp(min=1)

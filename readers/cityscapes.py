@@ -1,6 +1,6 @@
 """Cityscapes: pictures of 27 cities by day, and the class of each of their pixels.
 
-    python -m readers.cityscapes --data /data/cityscapes    # every file's size, and the counts
+    python -m readers.cityscapes --data /data/cityscapes    # are all files whole? The counts
 
 Cordts et al., CVPR 2016. leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, in one folder:
 

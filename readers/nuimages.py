@@ -1,6 +1,6 @@
 """nuImages: labelled images of six cameras, and the class of each of their pixels.
 
-    python -m readers.nuimages --data /data/nuimages        # every file's size, and the counts
+    python -m readers.nuimages --data /data/nuimages        # are all files whole? The counts
 
 nuscenes-devkit reads its tables. What the names of this file mean is said in readers/table.py.
 """

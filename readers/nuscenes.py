@@ -1,6 +1,6 @@
 """nuScenes: scans, six cameras, labels of points; conditions by the scenes' descriptions.
 
-    python -m readers.nuscenes --data /data/nuscenes        # every file's size, and the counts
+    python -m readers.nuscenes --data /data/nuscenes        # are all files whole? The counts
 
 nuscenes-devkit reads its tables. What the names of this file mean is said in readers/table.py.
 """

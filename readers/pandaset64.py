@@ -1,6 +1,6 @@
 """PandaSet by its LiDAR Pandar64, the 64 beams all around, and six cameras.
 
-    python -m readers.pandaset64 --data /data/pandaset      # every file's size, and the counts
+    python -m readers.pandaset64 --data /data/pandaset      # are all files whole? The counts
 
 What the names of this file mean is said in readers/table.py.
 """

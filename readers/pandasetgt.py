@@ -1,6 +1,6 @@
 """PandaSet by its LiDAR PandarGT, which looks ahead, and the front camera.
 
-    python -m readers.pandasetgt --data /data/pandaset      # every file's size, and the counts
+    python -m readers.pandasetgt --data /data/pandaset      # are all files whole? The counts
 
 What the names of this file mean is said in readers/table.py.
 """

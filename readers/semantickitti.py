@@ -1,10 +1,11 @@
 """SemanticKITTI: scans of 64 beams, labels of points, the left colour camera.
 
-    python -m readers.semantickitti --data /data/kitti      # every file's size, and the counts
+    python -m readers.semantickitti --data /data/kitti      # are all files whole? The counts
 
 Behley et al., ICCV 2019, on the scans and pictures of KITTI's odometry benchmark (Geiger et al.,
-CVPR 2012). A sequence SS has velodyne/, labels/ (00 to 10), image_2/ and calib.txt; of the last two
-readers/kitti.py knows nothing. What the names of this file mean is said in readers/table.py.
+CVPR 2012). A sequence SS has velodyne/, labels/ (00 to 10), image_2/ and calib.txt. The last two
+are read here, the others by readers/kitti.py. What the names of this file mean is said in
+readers/table.py.
 """
 import numpy as np
 

@@ -1,6 +1,6 @@
 """SemanticPOSS: scans of 40 beams on a campus, labels of points; no pictures, so for evaluation.
 
-    python -m readers.semanticposs --data /data/poss        # every file's size, and the counts
+    python -m readers.semanticposs --data /data/poss        # are all files whole? The counts
 
 Pan et al., IV 2020. Files are as SemanticKITTI's, and tag/NNNNNN.tag says which pixels of a range
 image of 40 x 1800 have a point. What the names of this file mean is said in readers/table.py.

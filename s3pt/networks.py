@@ -112,16 +112,18 @@ def taught(teacher, images, batch, settings):
 
 @torch.no_grad()
 def neighbors_of(seen, teacher, queue, epoch):
-    """The nearest stored objects, and from which to learn; then the objects are stored themselves.
+    """The nearest stored object of each of the batch's objects, which are stored then themselves.
 
-    Returns: the teacher's projections of them [2, O, p], mask [2, O]. In the first epoch nothing is
-    searched and the mask is empty (CrIBo).
+    Returns: the teacher's projections of the neighbours [2, O, p]; mask [2, O], which objects are
+    cycle-consistent and learn from theirs. In the first epoch nothing is searched and the mask is
+    empty (CrIBo).
     """
     objects = seen.objects
     everyone = training.gather_rows(objects.transpose(0, 1)).transpose(0, 1)  # [2, A, D]
     counts = training.gather_rows(seen.valid.sum(1))                          # [B of all]
     features, mask = objects, torch.zeros(objects.shape[:2], dtype=torch.bool,
                                           device=objects.device)
+    # As features are at first, an object's nearest says nothing
     if epoch > 0 and len(queue):
         before = training.rank() * len(seen.valid)  # pictures of other processes
         found = queue.search(objects)
