@@ -11,6 +11,7 @@ seed, all its runs under runs/demo/seed-N.
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,12 +46,26 @@ COLUMNS = ("full", "day-clear", "day-rain", "night")
 def run(command):
     """Print a Python command line and run it in the repository's root.
 
-    If the command fails, this process ends with its exit code.
+    If the command fails, this process ends with its exit code. SIGINT and SIGTERM go on to the
+    command, which may have something to save, and this process ends after it.
     """
     print(f"\n$ python {command}", flush=True)
-    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
+    child = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT)
+    passed_on = []
+
+    def pass_on(number, _):
+        passed_on.append(number)
+        child.send_signal(number)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if passed_on:
+        code = 128 + passed_on[0]
     if code:
-        sys.exit(code)
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def one_world(seed, encoder, out):

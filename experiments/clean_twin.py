@@ -11,6 +11,7 @@ clean twin, so this is no method for real data.
 """
 import copy
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,8 +20,11 @@ import models
 import stage2
 from data import Frames, select, set_sampling
 from distill import distillation_loss, features_at_pixels
+from experiments.copies import COPY
+from experiments.corruptions import CLEAN
 from experiments.loop import train
 from plumbing import training
+from plumbing.atomic import read_json
 from plumbing.errors import InputError, one_line_errors, say
 from plumbing.fingerprint import of_frames
 from readers.files import read_image
@@ -55,8 +59,15 @@ class Twins(nn.Module):
 
 
 def check_twins(tables):
-    """Raise InputError unless the first table has each frame of the others, in the same row."""
+    """Raise InputError unless the first table has each frame of the others, in the same row.
+
+    And where it is a corrupted copy itself.
+    """
     first = tables[0]
+    made = (read_json(Path(first.root, COPY)) or {}).get("corruption", CLEAN)
+    if made != CLEAN:
+        raise InputError(f"--data: {first.root}, the first, is a copy with {made}; give the "
+                         "dataset itself first, and then its corrupted copies")
 
     def scan(table, row):
         return os.path.realpath(table.path("scan", row))

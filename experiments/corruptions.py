@@ -34,6 +34,7 @@ import eval as evaluation
 from experiments import likeness
 from experiments.copies import ChangedImages, ChangedScans, Unchanged, write_copy
 from experiments.degradations import IMAGES, SCANS, SENSORS, SEVERITIES
+from experiments.figures import check_out
 from models import IMAGE_SIZE
 from plumbing import training
 from plumbing.arguments import COUNT, SEED, WORKERS, Distinct, Parser, whole
@@ -226,6 +227,7 @@ def evaluate_images(args):
 
 def draw(args):
     """The command: a row for each corruption; columns are clean and the severities."""
+    check_out(args.out)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -256,7 +258,6 @@ def draw(args):
     # Write
     plt.setp(axes.flat, xticks=[], yticks=[])
     figure.tight_layout(pad=0.5)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=100)
     print(f"written: {args.out}")
 
@@ -265,6 +266,7 @@ def draw(args):
 
 def compare(args):
     """The command: a dataset's images clean, corrupted, and real pictures of the condition."""
+    check_out(f"{args.out}.png")
     table = only_table(args.data, args.version)
     require_images(table)
     size = tuple(args.image_size)

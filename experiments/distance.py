@@ -22,7 +22,14 @@ from readers.table import open_tables
 
 
 def frechet(a, b):
-    """The distance of two sets of features [N, D] and [M, D] in parts of a's total variance."""
+    """The distance of two sets of features [N, D] and [M, D] in parts of a's total variance.
+
+    Raises InputError where N or M is not larger than D.
+    """
+    for x in (a, b):
+        if len(x) <= x.shape[1]:
+            raise InputError(f"{len(x)} cells of {x.shape[1]} channels have no covariance; take "
+                             "more pictures, or a larger --image-size")
     spread_a, spread_b = (np.cov(x, rowvar=False) for x in (a, b))
     of_means = np.sum((a.mean(0) - b.mean(0)) ** 2)
     # A product of covariances has real roots; what is imaginary is rounding
@@ -51,6 +58,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="NAME=PATH; all of its training frames are taken")
+    add("--version", help="of --data, where it has versions (default: the dataset's)")
     add("--encoders", nargs="+", required=True, help="names, or stage 2's folders")
     add("--feature", help="of all of them (default: each one's own)")
     add("--image-size", type=COUNT, nargs=2, metavar=("H", "W"), help="(default: each one's own)")
@@ -62,8 +70,10 @@ def main(argv=None):
     parser.set_defaults(precision="fp32", seed=0)
     args = parser.parse_args(argv)
     device = training.start(args)
-    tables = select(open_tables(args.data), "train")
-    stated = [name for table in tables for name in table.conditions]
+    tables = select(open_tables(args.data, args.version), "train")
+    # Of which there are frames
+    stated = [table.conditions[number] for table in tables if table.conditions
+              for number in np.unique(table["condition"][table.rows])]
     for condition in args.conditions:
         if condition not in stated:
             raise InputError(f"--conditions {condition}: --data {args.data} has "

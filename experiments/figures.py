@@ -5,6 +5,7 @@ distillation paper. matplotlib and scikit-learn take long to import, so this sta
 used.
 """
 import itertools
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,21 @@ NO_TICKS = dict(xticks=[], yticks=[])
 MARKERS = {"day-clear": ("#e69f00", "o"), "night": ("#0b2a6f", "^")}  # forms, for prints in grey
 OTHER_MARKERS = (("#56b4e9", "s"), ("#009e73", "D"), ("#cc79a7", "v"), ("#d55e00", "P"))
 YELLOW = (1, 1, 0)  # the points of a class
+
+
+def check_out(path):
+    """Make the folder of a figure's file. Raises InputError for one that it cannot be saved in."""
+    from matplotlib.backend_bases import FigureCanvasBase
+    path = Path(path)
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise InputError(f"--out {path}: ends in no kind of picture; give one of "
+                         f"{', '.join(f'.{kind}' for kind in kinds)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path}: its folder cannot be made ({error.strerror}); choose "
+                         "another") from None
 
 
 def grid(rows, columns, aspect, **more):

@@ -92,6 +92,5 @@ def draw(groups, out):
             axis.imshow(images[number].transpose(1, 2, 0))
     plt.setp(axes.flat, xticks=[], yticks=[])
     figure.tight_layout(pad=0.5)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     plt.close(figure)

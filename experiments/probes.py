@@ -167,6 +167,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", required=True,
         help="NAME=PATH of a dataset and of its corrupted copies, with commas between")
+    add("--version", help="of --data, where it has versions (default: the dataset's)")
     add("--val-scenes", nargs="+", metavar="NAME",
         help="these scenes validate, all others train (default: the dataset's own split)")
     models.add_arguments(parser, required=True, help="an encoder's name or stage 2's folder")
@@ -185,7 +186,7 @@ def main(argv=None):
     device = training.start(args)
 
     # ---- encoder and views ----
-    tables = hold_out(open_tables(args.data, look=False), args.val_scenes)
+    tables = hold_out(open_tables(args.data, args.version, look=False), args.val_scenes)
     classes = classes_of(tables, "seg")
     encoder = models.load_image_encoder(args.encoder, args.weights, args.hub, args.feature,
                                         careful=False).to(device)

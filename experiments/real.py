@@ -9,20 +9,21 @@ The frames are corrupted at fixed severities, each corruption a condition. Each 
 encoder, made by the project's scripts and judged by experiments/probes.py. Every command is printed
 before it runs, and one that has finished is not run again. After each row, RESULTS.json and the
 page RESULTS.md are written. A row that is there is not made again: the work can be cut into pieces.
+At the end, pictures are drawn into OUT.
 """
-import gzip
 import os
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
 from demo import ROOT
-from experiments import real_table
-from experiments.runs import Runs
+from experiments import runs
+from experiments.copies import COPY
+from experiments.lay_out import alone, check_same, lay_out
+from experiments.real_table import kept_in, page
 from plumbing.arguments import SEED, Distinct, Parser
-from plumbing.atomic import read_json, write_json, write_text
-from plumbing.errors import InputError, one_line_errors
-from readers.conditions import FILE
+from plumbing.atomic import write_json, write_text
+from plumbing.errors import InputError, one_line_errors, say
 from readers.table import entries, hold_out, open_tables
 from releases.efficientnet import weights_file
 
@@ -109,12 +110,24 @@ ROWS = {
 }
 
 
-class Street(Runs):
+# Drawn of the first seed. Those with {pictures} need --pictures
+FIGURES = {
+    "street.png": "-m experiments.real_figures street --data {all} --val-scenes {val} "
+                  "--encoders {base} {cd} --out {here}",
+    "nights.png": "-m experiments.real_figures nights --data pictures={pictures} "
+                  "--encoders {base} {cd} --out {here}",
+    "low_light-nights": "-m experiments.corruptions compare --data {clean} --corruption low_light "
+                        "--like {pictures}/night --out {here}",
+}
+NUMBERS = "-m experiments.real_figures numbers --results {results} --out {here}"
+
+
+class Street(runs.Runs):
     """The runs of one seed on real frames."""
 
     worlds = CORRUPTIONS
 
-    def __init__(self, folder, seed, places, commands=COMMANDS):
+    def __init__(self, folder, seed, places, commands=COMMANDS | FIGURES):
         super().__init__(folder, seed, commands)
         self.places = places
 
@@ -141,74 +154,71 @@ class Street(Runs):
             out += "-table"
             self.make(out, f"eval.py {quote(str(probe))} --out {quote(str(self.folder / out))} "
                       "--workers 0", probe.name)
-            return read_json(f"{self.folder / out}.json")[0]  # of several probes, here of one
-        return read_json(f"{self.folder / out}.json")
+            return self.read(out)[0]  # of several probes, here of one
+        return self.read(out)
+
+    def draw(self, results, measured):
+        """The figures, of what there is to show; that of the numbers anew if some were measured."""
+        for name, command in FIGURES.items():
+            if self.places["pictures"] or "{pictures}" not in command:
+                self.run(name)
+        if measured or not (self.folder / "numbers.png").exists():
+            places = {"here": self.folder / "numbers.png", "results": f"{results}.json"}
+            runs.run_command(self.filled(NUMBERS, places))
 
 
 # ---- the frames ----------------------------------------------------------------------------------
 
-def lay_out(dataset, root, out):
-    """A copy of a dataset by links, all of whose scenes are of the condition "clear".
-
-    What gzip has packed is stored unpacked in its format, as unpacking is much of an item's time.
-    Raises InputError where `out` is a copy of other scenes, which runs beside it were made with.
-    """
-    (table,) = open_tables([(dataset, root)], look=False)
-    clear = {scene: "clear" for scene in table.scenes()}
-    note = Path(out, FILE)
-    if not note.is_symlink() and read_json(note) not in (None, clear):
-        raise InputError(f"--out {Path(out).parent}: its runs are of other scenes than those of "
-                         f"--data {root} now; choose another folder")
-    for folder, _, names in os.walk(root, followlinks=True):
-        there = Path(out, os.path.relpath(folder, root))
-        there.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            file, copy = Path(folder, name), there / name
-            if copy.exists():
-                continue
-            if name.endswith(".gz"):
-                # Whole or not at all, as it is not written again
-                partial = there / f"{name}.partial"
-                partial.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()), 0, mtime=0))
-                partial.replace(copy)
-            else:
-                copy.symlink_to(file.resolve())
-    write_json(note, clear)
-    return table
-
-
 def check_pictures(folder):
-    """Raise InputError unless a folder has pictures by day and by night."""
-    (table,) = open_tables([("pictures", folder)], look=False)
+    """Raise InputError unless a folder has good pictures by day and by night."""
+    if not os.path.isdir(folder):
+        raise InputError(f"--pictures {folder}: no such folder")
+    (table,) = open_tables([("pictures", folder)])
     if not {"day", "night"} <= set(table.conditions):
         raise InputError(f"--pictures {folder}: needs the folders day and night; it has "
                          f"{', '.join(table.conditions) or 'none'}")
+    table.refuse_bad()
 
 
 def frames_of(args):
-    """(name of the dataset, what its frames are); lays them out in OUT/clean."""
+    """The table of --data and what its frames are. Raises InputError for what cannot do."""
     found = entries(args.data)
     if len(found) != 1:
         raise InputError(f"--data {args.data}: one dataset at a time")
-    (dataset, root), = found
-    table = lay_out(dataset, root, Path(args.out, "clean"))
+    (table,) = open_tables(found, args.version)
+    if Path(table.root, COPY).exists():
+        raise InputError(f"--data {args.data}: is a copy that experiments/corruptions.py made; "
+                         "give the dataset itself")
+    others = [name for name in table.conditions if name != "clear"]
+    if others:
+        say(f"{table.root}: its scenes of {', '.join(others)} count as clear here")
+
     hold_out([table], args.val_scenes)
-    frames = {"dataset": dataset}
+    frames = {"dataset": table.name}
     for split in ("train", "val"):
         of_split = table.select(split)
+        of_split.refuse_bad()
+        of_split.require("all", "labels")
+        of_split.require("all", "depths")
         frames |= {split: len(of_split), f"{split}_scenes": ", ".join(of_split.scenes())}
-    return dataset, frames
+    return table, frames
 
 
-def places_of(args, dataset):
-    """The fields of the commands. The corrupted copies are made first."""
-    clean = Path(args.out, "clean")
-    make = {name: f"-m experiments.corruptions make --data {dataset}={clean} --out {{here}} "
+def places_of(args, table, frames):
+    """The fields of the commands. First the frames are laid out and their copies made."""
+    whole = table.select("all")
+    check_same(frames | whole.fingerprint(labels=True) | {"files": whole.files()}, args.out)
+    lay_out(table, Path(args.out, "clean"))
+    dataset = table.name
+    version = ["--version", args.version] if args.version else []
+    clean = f"{dataset}={Path(args.out, 'clean')}"
+    make = {name: "-m experiments.corruptions make --data {clean} --out {here} "
             f"--corruption {name} --severity {SEVERITY} --workers 0" for name in CORRUPTIONS}
-    copies = Street(Path(args.out, "copies"), 0, {}, make)
-    roots = [f"{dataset}={root}" for root in (clean, *map(copies.run, CORRUPTIONS))]
-    return {"clean": roots[0], "seen": ",".join(roots[:1 + len(SEEN)]), "all": ",".join(roots),
-            "val": " ".join(args.val_scenes), "pictures": args.pictures}
+    copies = Street(Path(args.out, "copies"), 0, {"clean": [clean, *version]}, make)
+    roots = [clean, *(f"{dataset}={copies.run(name)}" for name in CORRUPTIONS)]
+    return {"clean": [clean, *version], "seen": [",".join(roots[:1 + len(SEEN)]), *version],
+            "all": [",".join(roots), *version], "val": args.val_scenes,
+            "pictures": args.pictures or ""}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -221,8 +231,9 @@ def main(argv=None):
     add("--val-scenes", nargs="+", default=["902"], metavar="NAME",
         help="these judge, all others train (default: 902)")
     add("--out", default="runs/real", help="folder of the runs (default: %(default)s)")
-    add("--only", nargs="+", action=Distinct, choices=ROWS, metavar="NAME",
-        help="rows to make (default: all; --list shows them)")
+    add("--version", help="of --data, where it has versions (default: the dataset's)")
+    add("--only", nargs="+", action=Distinct, choices=[*ROWS, "figures"], metavar="NAME",
+        help="rows to make (default: all, and the figures; --list shows them)")
     add("--seeds", type=SEED, nargs="+", action=Distinct, default=[1, 2, 3],
         help="of the trainings (default: 1 2 3)")
     add("--pictures", help="folder with pictures in folders day and night, for the row distance "
@@ -235,9 +246,12 @@ def main(argv=None):
     if args.list:
         for name, row in ROWS.items():
             print(f"{name:15} {row.words}")
+        print(f"{'figures':15} pictures of the street and of nights, a plot of the rows")
         return
     if not args.data:
         raise InputError("--data is missing: NAME=PATH, for example pandaset64=/data/pandaset")
+    if not args.out:
+        raise InputError("--out: is empty; give a folder")
     if "distance" in (args.only or ()) and not args.pictures:
         raise InputError("--only distance: needs --pictures")
 
@@ -246,24 +260,32 @@ def main(argv=None):
     weights_file()
     if args.pictures:
         check_pictures(args.pictures)
-    args.results = args.results or f"{args.out}/real"
-    dataset, frames = frames_of(args)
-    kept = read_json(f"{args.results}.json") or {"frames": frames, "rows": {}}
-    if kept["frames"] != frames:
-        raise InputError(f"--results {args.results}: has rows of {kept['frames']}, and --data has "
-                         f"{frames}; choose another name")
+    results = (args.results or f"{args.out}/real").removesuffix(".json").removesuffix(".md")
+    table, frames = frames_of(args)
+    kept_in(results, frames)
+    with alone(args.out):
+        places = places_of(args, table, frames)
 
-    places = places_of(args, dataset)
+    measured = False
     for seed in args.seeds:
         street = Street(Path(args.out, f"seed-{seed}"), seed, places)
-        for name in args.only or ROWS:
-            there = str(seed) in kept["rows"].get(name, {}) and not args.again
-            if there or ROWS[name].script == "distance" and not args.pictures:
+        for name in [name for name in args.only or ROWS if name in ROWS]:
+            there = kept_in(results, frames)["rows"].get(name, {}).get(str(seed))
+            if there and not args.again or ROWS[name].script == "distance" and not args.pictures:
                 continue
-            kept["rows"].setdefault(name, {})[str(seed)] = street.result(name)
-            write_json(f"{args.results}.json", kept)
-            write_text(f"{args.results}.md", real_table.page(kept, ROWS, CONDITIONS))
-    print(f"written: {args.results}.md")
+            result = street.result(name)
+            measured = True
+            # Another process may have written a row since
+            with alone(args.out):
+                kept = kept_in(results, frames)
+                kept["rows"].setdefault(name, {})[str(seed)] = result
+                write_json(f"{results}.json", kept)
+                write_text(f"{results}.md", page(kept, ROWS, CONDITIONS))
+    write_text(f"{results}.md", page(kept_in(results, frames), ROWS, CONDITIONS))
+    print(f"written: {results}.md", flush=True)
+    if "figures" in (args.only or ["figures"]):
+        first = args.seeds[0]
+        Street(Path(args.out, f"seed-{first}"), first, places).draw(results, measured)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ classes predicted by a linear head, labels. The head learns from all training vi
 experiments/probes.py. `nights` has pictures by day and by night, and their features. `numbers`
 plots the rows of experiments/real.py, without frames.
 """
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import models
 from data import DEPTHS, Frames, select
-from experiments.figures import (NO_TICKS, STYLE, add_legend, condition_of, grid, in_words, judge,
-                                 pca_of_encoders)
+from experiments.figures import (NO_TICKS, STYLE, add_legend, check_out, condition_of, grid,
+                                 in_words, judge, pca_of_encoders)
 from experiments.probes import train_head, views_of
 from experiments.real import CONDITIONS, ROWS
 from experiments.real_table import PROBES, of_same_classes, values
@@ -161,7 +160,7 @@ def figure_numbers(kept):
     from matplotlib.figure import Figure
     names = [name for name, row in ROWS.items() if row.script == "probes" and kept.get(name)]
     if not names:
-        raise InputError("--results: in no such file is an image encoder of experiments/real.py")
+        raise InputError("--results: has no row of an image encoder")
     probes = [probe for probe in PROBES if probe[0].endswith("-all")]
     panels = [(*probe, column) for probe in probes for column in ("full", *CONDITIONS)]
     lines = len(panels) // 3
@@ -188,13 +187,20 @@ def figure_numbers(kept):
 def draw(args):
     """The figure that the arguments ask for."""
     if args.figure == "numbers":
-        rows = (read_json(args.results) or {}).get("rows", {})
-        return figure_numbers(of_same_classes(rows))
+        kept = read_json(args.results)
+        if not (isinstance(kept, dict) and isinstance(kept.get("rows"), dict)):
+            raise InputError(f"--results {args.results}: cannot be read, or is not what "
+                             "experiments/real.py wrote")
+        return figure_numbers(of_same_classes(kept["rows"]))
     titles = column_titles(args.titles, args.encoders)
     device = training.start(args)
     encoders, size = load_encoders(args.encoders, device)
-    tables = open_tables(args.data, look=False)
+    tables = open_tables(args.data, args.version, look=False)
     if args.figure == "nights":
+        for table in tables:
+            if not table.conditions:
+                raise InputError(f"--data {table.root}: states no conditions; put its pictures "
+                                 "into folders of their names")
         items = {}
         for condition in args.conditions:
             chosen = select(tables, "train", [condition], args.pictures)
@@ -213,8 +219,7 @@ def draw(args):
     return figure_street(views, encoders, heads, titles)
 
 
-@one_line_errors
-def main(argv=None):
+def parse(argv=None):
     parser = Parser(__doc__)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     parsers = {name: figures.add_parser(name) for name in ("street", "nights", "numbers")}
@@ -222,6 +227,7 @@ def main(argv=None):
         add = parsers[name].add_argument
         add("--data", required=True, help="NAME=PATH, several with commas between")
         add("--encoders", nargs="+", required=True, help="names, or folders of stage 2")
+        add("--version", help="of --data, where it has versions (default: the dataset's)")
         add("--titles", nargs="+", help="of the encoders (default: the ends of their paths)")
         add("--conditions", nargs="+", action=Distinct, default=shown.split(),
             help=f"(default: {shown})")
@@ -238,12 +244,16 @@ def main(argv=None):
         one.add_argument("--out", default=f"{name}.png", help="(default: %(default)s)")
     # As experiments/probes.py trains
     parser.set_defaults(points=3000, batch=6, workers=0, precision="fp32", seed=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    check_out(args.out)
     from matplotlib import rc_context  # here: it takes long to import
     with rc_context(STYLE):
-        figure = draw(args)
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out)
+        draw(args).savefig(args.out)
     print(f"written: {args.out}")
 
 

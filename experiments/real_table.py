@@ -1,9 +1,12 @@
-"""The text of results/real.md, of what experiments/real.py has measured so far."""
+"""results/real.json and .md: what experiments/real.py has measured so far, and its text."""
 import copy
 import statistics
+from pathlib import Path
 
 from demo import mean_and_spread
 from experiments.reproduce import RULE, verdict
+from plumbing.atomic import read_json
+from plumbing.errors import InputError
 
 CANNOT = """\
 **What this cannot show.** {train} frames of {dataset}'s scenes {train_scenes} teach and {val} of
@@ -11,12 +14,32 @@ CANNOT = """\
 day, the second name being a made-up one for its last frames: nothing speaks of other streets. The
 bad weather is made, by `experiments/degradations.py`. The encoder is a small convolutional network
 with ImageNet weights. The scans are the same under every condition: what rain does to a LiDAR is
-not there. Compare the rows with each other; of the paper's only the sign is to be compared."""
+not there. Compare the rows with each other; of the paper's only the sign is to be compared. A gain
+is the LiDAR's only where `cd` is ahead of `twin`. One on clear pictures may come from the probe for
+all conditions: the probe trained on clear pictures alone tells."""
 
 PROBES = (("seg-all", "mIoU", "mIoU [%], a probe for all conditions", 1),
           ("seg-first", "mIoU", "mIoU [%], a probe trained on clear pictures alone", 1),
           ("depth-all", "RMSE", "RMSE [m], a probe for all conditions", 2),
           ("depth-first", "RMSE", "RMSE [m], a probe trained on clear pictures alone", 2))
+
+
+def kept_in(results, frames):
+    """What is in RESULTS.json: {"frames", "rows": {row: {seed: result}}}.
+
+    Raises InputError for rows of other frames, and for files that are none of this experiment.
+    """
+    file, page = Path(f"{results}.json"), Path(f"{results}.md")
+    if not file.exists() and not page.exists():
+        return {"frames": frames, "rows": {}}
+    kept = read_json(file)
+    if not (isinstance(kept, dict) and isinstance(kept.get("rows"), dict) and "frames" in kept):
+        raise InputError(f"--results {results}: {file} is missing, damaged or of something else; "
+                         "mend it, or choose another name")
+    if kept["frames"] != frames:
+        raise InputError(f"--results {results}: has rows of {kept['frames']}, and --data has "
+                         f"{frames}; choose another name")
+    return kept
 
 
 def of_same_classes(kept):
@@ -36,7 +59,8 @@ def of_same_classes(kept):
         common = [one for one in parts[0]["IoU"][column]
                   if all(one in part["IoU"][column] for part in parts)] if parts else []
         for part in parts:
-            part["mIoU"][column] = statistics.mean(part["IoU"][column][one] for one in common)
+            numbers = [part["IoU"][column][one] for one in common]
+            part["mIoU"][column] = statistics.mean(numbers) if numbers else None
     return kept
 
 
@@ -46,9 +70,11 @@ def values(kept, name, probe, metric, column):
 
 
 def cell(numbers, digits):
-    """A table's cell of the numbers of the seeds that were run."""
-    numbers = [number for number in numbers if number is not None]
-    return mean_and_spread(numbers, digits) if numbers else "not run"
+    """A table's cell of the numbers of the seeds that were run; None: there are no labels."""
+    found = [number for number in numbers if number is not None]
+    if not found:
+        return "–" if numbers else "not run"
+    return mean_and_spread(found, digits)
 
 
 def probes_table(kept, rows, conditions, probe, metric, heading, digits):
@@ -171,6 +197,25 @@ def verdicts_table(kept, rows, conditions):
     return "\n".join(lines)
 
 
+def regime(kept, dark):
+    """A sentence on what a dark condition costs the encoder as it was, beside the paper's night.
+
+    Empty where that was not measured.
+    """
+    parts = []
+    for probe, words in (("seg-all", "the probe for all conditions"),
+                         ("seg-first", "the one trained on clear pictures")):
+        found = [list(values(kept, "imagenet", probe, "mIoU", column).values())
+                 for column in ("clear", dark)]
+        if not found[0] or None in sum(found, []):
+            return ""
+        clear, low = map(statistics.mean, found)
+        parts.append(f"{100 * (1 - low / clear):.0f} % under {words}")
+    clear, night = (PAPER["mIoU"][column][1][1] for column in ("clear", "low_light"))
+    return (f"Of its mIoU on clear pictures, `{dark}` costs `imagenet` {' and '.join(parts)}; night "
+            f"costs the paper's encoder {100 * (1 - night / clear):.0f} %.")
+
+
 def page(measured, rows, conditions):
     """The text of the page. measured: {"frames": of CANNOT, "rows": {row: {seed: result}}}."""
     kept = of_same_classes(measured["rows"])
@@ -181,6 +226,7 @@ def page(measured, rows, conditions):
               "Mean ± standard deviation over the seeds of the trainings. mIoU is of the classes "
               "that all rows have an IoU of, as one that no frame has would count as 0 where a row "
               "answers it."]
+    parts += [text for text in (regime(kept, "low_light"),) if text]
     parts += [probes_table(kept, rows, conditions, *probe) for probe in PROBES]
     parts += ["## Classes", "Under the probe for all conditions. –: no frame has the class, and "
               "the row does not answer it.",

@@ -19,7 +19,7 @@ from experiments import s3pt_claims, scalr_claims
 from experiments.claims import Claim, Number, numbers_of
 from experiments.runs import Runs
 from plumbing.arguments import SEED, Distinct, Parser
-from plumbing.atomic import read_json, write_text
+from plumbing.atomic import write_text
 from plumbing.errors import InputError, one_line_errors
 from results import not_comparable
 
@@ -238,10 +238,7 @@ class World(Runs):
         more = "" if clean else f" {CORRUPTED} --copies {copies}"
         self.make(f"{name}-{kind}",
                   f"{script} {quote(str(probe))} --out {quote(out)} --workers 0{more}", name)
-        written = read_json(f"{out}.json")
-        if written is None:
-            raise InputError(f"{out}.json: cannot be read; remove {self.note}, "
-                             "and what has finished is not done again")
+        written = self.read(f"{name}-{kind}")
         return written[0] if clean else written[0]["results"][number.corruption]
 
 

@@ -1,11 +1,12 @@
 """Commands that need each other's folders, each run once: for experiments that are many runs."""
+import shlex
 import time
 from pathlib import Path
-from shlex import quote
 
 from demo import ROOT
 from demo import run as run_command
 from plumbing.atomic import read_json, write_json
+from plumbing.errors import InputError, say
 from plumbing.fingerprint import digest
 
 
@@ -30,6 +31,8 @@ class Runs:
         self.commands = commands
         self.note = self.folder / "done.json"
         self.done = read_json(self.note) or {}
+        if self.note.exists() and not self.done:
+            say(f"{self.note}: cannot be read, so that what has finished is made again")
         self.used = set()
 
     def base(self):
@@ -37,8 +40,16 @@ class Runs:
         raise NotImplementedError
 
     def fields(self):
-        """What else stands in braces in a command."""
+        """What else stands in braces in a command; a list is several words."""
         return {}
+
+    def read(self, name):
+        """What a run wrote into NAME.json. Raises InputError where that cannot be read."""
+        content = read_json(f"{self.folder / name}.json")
+        if content is None:
+            raise InputError(f"{self.folder / name}.json: cannot be read; remove it, and what it "
+                             "is of is made again")
+        return content
 
     def make(self, name, command, *needed):
         """Run a command, unless it has finished before by the recipe that it has now.
@@ -46,7 +57,7 @@ class Runs:
         needed: names of the runs that it needs. Returns its folder.
         """
         here = self.folder / name
-        there = here.exists() or Path(f"{here}.json").exists()
+        there = any(Path(f"{here}{end}").exists() for end in ("", ".json", ".md"))
         recipe = self._recipe(name, command, needed)
         if not there or self.done.get(name, {}).get("recipe") != recipe:
             begin = time.time()
@@ -74,6 +85,12 @@ class Runs:
         """Make a run by a command as in `commands`, after the runs that it names."""
         named = [other for other in ("base", *self.commands) if f"{{{other}}}" in command]
         places = {other: self.run(other) for other in named}
-        places |= self.fields() | {"here": self.folder / name, "seed": self.seed}
-        command = command.format(**{each: quote(str(place)) for each, place in places.items()})
-        return self.make(name, command, *named)
+        places |= {"here": self.folder / name, "seed": self.seed}
+        return self.make(name, self.filled(command, places), *named)
+
+    def filled(self, command, places):
+        """A command whose braces are filled, by `fields` and {name: word, or list of words}."""
+        places = self.fields() | places
+        words = {name: place if isinstance(place, list) else [str(place)]
+                 for name, place in places.items()}
+        return command.format(**{name: shlex.join(each) for name, each in words.items()})

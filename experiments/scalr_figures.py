@@ -16,7 +16,8 @@ import torch
 
 import models
 from data import Frames, set_sampling
-from experiments.figures import LEGEND, NO_TICKS, STYLE, draw_points, in_words, mark, separation
+from experiments.figures import (LEGEND, NO_TICKS, STYLE, check_out, draw_points, in_words, mark,
+                                 separation)
 from experiments.visualize import (ENOUGH, class_numbers, class_prototypes, point_features,
                                    scans_of, shown_classes, whole_scan)
 from miniature.colours import COLOURS, pca_colours
@@ -281,10 +282,10 @@ def main(argv=None):
     args = parse(argv)
     device = training.start(args)
     out = Path(args.out or f"{args.figure}.png")
+    check_out(out)
     from matplotlib import rc_context  # here: it takes long to import
     with rc_context(STYLE | {"savefig.dpi": 150}):
         figure = draw(args, device)
-        out.parent.mkdir(parents=True, exist_ok=True)
         # Points without blurred edges: rare classes are seen, and the file is half as large
         for axis in figure.axes:
             for dots in axis.collections:

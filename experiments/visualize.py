@@ -23,8 +23,8 @@ import models
 from data import Frames, as_tensor, collate, select, set_sampling
 from eval import are_own_frames, check_classes, data_given, data_of, load_probe
 from experiments import s3pt_figures
-from experiments.figures import (MARKERS, STYLE, figure_pca, figure_probes, figure_similarity,
-                                 figure_tsne)
+from experiments.figures import (MARKERS, STYLE, check_out, figure_pca, figure_probes,
+                                 figure_similarity, figure_tsne)
 from plumbing import training
 from plumbing.arguments import COUNT, SEED, Distinct, Parser, real, whole
 from plumbing.errors import InputError, one_line_errors
@@ -385,14 +385,13 @@ def main(argv=None):
     args = parse(argv)
     device = training.start(args)
     out = Path(args.out or f"{args.figure}.png")
+    check_out(out)
     draw = {"pca": draw_images, "tsne": draw_images, "segmentation": draw_probes,
             "depth": draw_probes, "correlation": draw_scans, "prototypes": draw_scans,
             **s3pt_figures.FIGURES}
     from matplotlib import rc_context  # here: it takes long to import
     with rc_context(STYLE):
-        figure = draw[args.figure](args, device)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        draw[args.figure](args, device).savefig(out)
     print(f"written: {out}")
 
 

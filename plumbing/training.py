@@ -231,7 +231,7 @@ class Batches:
                              f"so a multiple of {world()}")
         if items < batch:
             raise InputError(f"--batch {batch}: there are only {items} items to draw from; "
-                             "lower it, or raise --limit")
+                             "lower it, or take more frames")
         self.items = items
         self.batch = batch
         self.first = first

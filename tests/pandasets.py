@@ -9,7 +9,7 @@ from PIL import Image
 from runs import open_one
 from scipy.spatial.transform import Rotation
 
-from experiments.real import lay_out
+from experiments.lay_out import lay_out
 from miniature.pandaset_files import DTYPE, SLICE, Made, frame_of, pickled, write_frame
 from plumbing.errors import InputError
 from readers.pandaset import CAMERAS
@@ -25,8 +25,7 @@ def laid_out(panda, out):
 
     Both tables are cached by this process, which is sooner.
     """
-    open_one(panda, name="pandaset64")
-    lay_out("pandaset64", panda, out)
+    lay_out(open_one(panda, name="pandaset64"), out)
     open_one(out, name="pandaset64")
 
 

@@ -222,4 +222,7 @@ def test_other_frames_are_refused_in_one_line(street, panda, first, tmp_path, ca
         line = error(other, "clean")
         assert f"--data: {street / other}, the first, has not {street}/clean's frame" in line
         assert "experiments.corruptions make" in line
+    # A teacher that sees fog would not be clean
+    (street / "moved/corrupted.json").write_text('{"corruption": "fog"}')
+    assert f"{street}/moved, the first, is a copy with fog; give the dataset" in error("moved")
     assert not (tmp_path / "twin").exists()

@@ -1,6 +1,13 @@
 """The demo: its table, and the commands that it runs."""
 import json
+import os
 import shlex
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
 
 import demo
 import probe
@@ -57,3 +64,33 @@ def test_the_demo_s_commands_are_understood_by_the_scripts(monkeypatch, tmp_path
                     "miniature/overview.py"]
     assert {name: set(metrics) for name, metrics in results.items()} == {
         "base": {"mIoU", "RMSE"}, "cd": {"mIoU", "RMSE"}, "3d": {"mIoU"}}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_goes_on_to_the_command_and_ends_the_demo_after_it(number, tmp_path):
+    """The command has something to save first."""
+    saved = tmp_path / "saved"
+    code = ("import signal, sys, time; from pathlib import Path\n"
+            "def save(*_): time.sleep(0.5); Path(sys.argv[1]).touch(); sys.exit(0)\n"
+            f"signal.signal({int(number)}, save); Path(sys.argv[1] + '.begun').touch()\n"
+            "time.sleep(60)")
+
+    def stop():
+        while not Path(f"{saved}.begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+    before = signal.getsignal(number)
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as end:
+        demo.run(f"-c {shlex.quote(code)} {saved}")
+    assert end.value.code == 128 + number
+    assert saved.exists() and signal.getsignal(number) is before
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_code():
+    demo.run("-c pass")
+    for code, ends_with in (("import sys; sys.exit(3)", 3),
+                            ("import os; os.kill(os.getpid(), 9)", 128 + 9)):
+        with pytest.raises(SystemExit) as end:
+            demo.run(f"-c {shlex.quote(code)}")
+        assert end.value.code == ends_with

@@ -13,6 +13,7 @@ from data import Frames
 from experiments import distance
 from experiments.distance import frechet
 from models import load_image_encoder
+from plumbing.errors import InputError
 
 ENCODER = str(ROOT / "miniature/encoder.pth")
 FLAGS = ["--image-size", "80", "160", "--device", "cpu"]
@@ -141,6 +142,13 @@ def test_the_first_condition_is_the_measure(pictures, tmp_path):
     assert found["night", "night"] == pytest.approx(0, abs=1e-4)
 
 
+def test_fewer_cells_than_channels_have_no_distance():
+    many = np.random.default_rng(0).normal(size=(40, 8))
+    for few in ((many[:8], many), (many, many[:8])):
+        with pytest.raises(InputError, match="8 cells of 8 channels have no covariance"):
+            frechet(*few)
+
+
 def test_bad_input_is_one_line(pictures, capsys):
     def error(*argv):
         argv = ["--data", f"pictures={pictures}", "--encoders", ENCODER, *argv, *FLAGS]
@@ -151,4 +159,5 @@ def test_bad_input_is_one_line(pictures, capsys):
     assert "has none" in error("--data", f"pictures={pictures}/day")  # it states no conditions
     assert "--conditions" in error("--conditions", "day")
     assert "neither a file nor a known encoder" in error("--encoders", "nothing")
+    assert "pictures has no versions" in error("--version", "v1")
     assert "no such folder" in error("--data", f"pictures={pictures}/nowhere")

@@ -15,7 +15,7 @@ from data import Frames, select
 from distill import sample_features
 from experiments import corruptions, probes
 from experiments.probes import Views
-from experiments.real import lay_out
+from experiments.lay_out import lay_out
 from models import load_image_encoder
 from readers.table import open_tables
 
@@ -247,7 +247,7 @@ def test_four_probes_and_the_same_again(data, tmp_path, trained):
 
 def test_conditions_of_which_there_is_no_frame_are_no_columns(world, tmp_path, trained):
     """nuScenes knows three conditions, though all scenes are under a fourth one here."""
-    lay_out("nuscenes", world, tmp_path / "clean")
+    lay_out(open_one(world), tmp_path / "clean")
     result = run(str(tmp_path / "clean"), tmp_path / "a.json", "clear")
     for name, metric in (("seg-first", "mIoU"), ("depth-all", "RMSE")):
         assert list(result[name][metric]) == ["full", "clear"]

@@ -1,126 +1,25 @@
 """The experiment on real frames: its commands, which are recorded and not run, and the frames."""
-import json
-import os
-import shlex
 from pathlib import Path
 
 import pytest
+from dry import OF_PROBES, PARSERS, VAL, out_of, parsed, recorded, script_of
 from runs import fails_with_one_line, open_one
 
-import eval as evaluation
-import probe
-import stage1
-import stage2
-from experiments import ablations, clean_twin, corruptions, distance, probes, real, runs
-from experiments.real import COMMANDS, CONDITIONS, CORRUPTIONS, ENCODER, ROWS, SEEN
-from plumbing import training
-
-SCRIPTS = {"stage1.py": stage1.main, "stage2.py": stage2.main, "probe.py": probe.main,
-           "eval.py": evaluation.main, "experiments.ablations": ablations.main,
-           "experiments.clean_twin": clean_twin.main, "experiments.probes": probes.main,
-           "experiments.distance": distance.main, "experiments.corruptions": corruptions.main}
-VAL = "003"  # a scene of the miniature
-COLUMNS = ("full", *CONDITIONS)
-
-
-# ---- commands ------------------------------------------------------------------------------------
-
-class Parsed(Exception):
-    """A script has read its flags."""
-
-
-def script_of(command):
-    """(name, arguments) of a command."""
-    return (command[1], command[2:]) if command[0] == "-m" else (command[0], command[1:])
-
-
-def parsed(command):
-    """The flags of a command, as its own script reads them before it does anything."""
-    name, argv = script_of(command)
-    if name == "experiments.corruptions":
-        return corruptions.parse(argv)
-
-    def start(args):
-        raise Parsed(args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "start", start)
-        with pytest.raises(Parsed) as stop:
-            SCRIPTS[name](argv)
-    return stop.value.args[0]
-
-
-def out_of(command):
-    return command[command.index("--out") + 1]
-
-
-# What a script writes, with the same number in each column
-SEG = {"mIoU": dict.fromkeys(COLUMNS, 40.0),
-       "IoU": {column: {"road": 40.0} for column in COLUMNS}}
-DEPTH = {"RMSE": dict.fromkeys(COLUMNS, 8.0)}
-OF_PROBES = {"seg-all": SEG, "seg-first": SEG, "depth-all": DEPTH, "depth-first": DEPTH}
-RESULTS = {"experiments.probes": OF_PROBES, "experiments.distance": [3.0, 2.0, 1.0],
-           "eval.py": [{"mIoU": {"full": 30.0}}]}
-
-
-class Dry:
-    """real.py whose commands are recorded. They leave an empty folder, or a file of RESULTS."""
-
-    def __init__(self, panda, root):
-        self.panda = panda
-        self.root = root
-        self.commands = []
-
-    def run(self, command):
-        command = shlex.split(command)
-        self.commands.append(command)
-        name, _ = script_of(command)
-        out = Path(out_of(command))
-        if name not in RESULTS:
-            out.mkdir(parents=True)
-            return
-        out = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(RESULTS[name]))
-
-    def main(self, *more):
-        """The commands of a start."""
-        self.commands.clear()
-        real.main(["--data", f"pandaset64={self.panda}", "--val-scenes", VAL, "--out",
-                   str(self.root / "runs"), "--results", str(self.root / "page"), *more])
-        return list(self.commands)
-
-    def kept(self):
-        return json.loads((self.root / "page.json").read_text())
-
-    def made(self):
-        """The names of what the commands have made, in order."""
-        return [Path(out_of(command)).name for command in self.commands]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stay():
-    """The experiment goes to the repository's root; what comes after it begins where it was."""
-    here = os.getcwd()
-    yield
-    os.chdir(here)
+from experiments import real, runs
+from experiments.real import COMMANDS, CONDITIONS, CORRUPTIONS, ENCODER, FIGURES, ROWS, SEEN
 
 
 @pytest.fixture
 def dry(panda, tmp_path, monkeypatch):
-    found = Dry(panda, tmp_path)
-    monkeypatch.setattr(runs, "run_command", found.run)
-    monkeypatch.setattr(real, "weights_file", lambda: None)  # its package is no requirement
-    return found
+    return recorded(panda, tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def everything(panda, tmp_path_factory):
     """(Dry, its commands): all rows of one seed, and the distance of pictures."""
     open_one(panda, name="pandaset64")  # cached by this process, which is sooner
-    found = Dry(panda, tmp_path_factory.mktemp("real"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "run_command", found.run)
-        patch.setattr(real, "weights_file", lambda: None)
+        found = recorded(panda, tmp_path_factory.mktemp("real"), patch)
         patch.setattr(real, "check_pictures", lambda folder: None)
         commands = found.main("--seeds", "5", "--pictures", "/data/pictures")
     return found, commands
@@ -137,6 +36,8 @@ def test_each_script_understands_its_commands(everything):
         name, _ = script_of(command)
         args = parsed(command)
         assert str(args.out) == out_of(command)
+        if name == "experiments.real_figures" or "compare" in command:
+            continue
         if name == "experiments.corruptions":
             assert args.condition is None and args.corruption == args.out.name
             assert args.severity == real.SEVERITY and not args.split
@@ -168,7 +69,7 @@ def test_everything_is_made_once_and_before_it_is_needed(everything):
     for name, row in ROWS.items():
         of_points = {f"{name}-seg3d", f"{name}-seg3d-table"}
         results |= of_points if row.script == "seg3d" else {f"{name}-{row.script}.json"}
-    assert set(names) == {*CORRUPTIONS, *COMMANDS, *results}
+    assert set(names) == {*CORRUPTIONS, *COMMANDS, *results, *FIGURES, "numbers.png"}
 
 
 def test_only_the_probes_see_the_last_condition_and_the_trainings_are_alike(everything):
@@ -178,7 +79,7 @@ def test_only_the_probes_see_the_last_condition_and_the_trainings_are_alike(ever
     found = {}
     for command in commands:
         name, _ = script_of(command)
-        if name in ("experiments.corruptions", "experiments.distance", "eval.py"):
+        if name in (*PARSERS, "experiments.distance", "eval.py"):
             continue
         args = parsed(command)
         if name == "experiments.probes":
@@ -321,8 +222,14 @@ def test_runs_of_other_scenes_are_refused(dry, tmp_path, panda, capsys):
         (fewer / name).symlink_to(panda / name)
     dry.panda = fewer
     line = fails_with_one_line(capsys, lambda _: dry.main("--only", "imagenet"), [])
-    assert line.endswith(f"--out {tmp_path}/runs: its runs are of other scenes than those of "
-                         f"--data {fewer} now; choose another folder")
+    assert line.endswith(f"--results {tmp_path}/page: has rows of {dry.kept()['frames']}, and "
+                         "--data has {'dataset': 'pandaset64', 'train': 2, 'train_scenes': '001', "
+                         "'val': 2, 'val_scenes': '003'}; choose another name")
+    again = ["--only", "imagenet", "--results", str(tmp_path / "other")]
+    line = fails_with_one_line(capsys, lambda argv: dry.main(*argv), again)
+    assert line.endswith(f"--out {tmp_path}/runs: its runs are of other frames than those of "
+                         "--data now (other train, train_scenes, frames, scenes, tables, files); "
+                         "choose another folder")
     assert dry.commands == []
 
 
@@ -331,7 +238,7 @@ def test_runs_of_other_scenes_are_refused(dry, tmp_path, panda, capsys):
 def test_the_list_has_every_row(capsys):
     real.main(["--list"])
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said] == list(ROWS)
+    assert [line.split()[0] for line in said] == [*ROWS, "figures"]
     for line, row in zip(said, ROWS.values()):
         assert line.endswith(row.words)
 

@@ -13,7 +13,8 @@ from runs import fails_with_one_line, open_one
 from data import Frames
 from experiments import real_figures
 from experiments.figures import pca_of_encoders
-from experiments.real import CONDITIONS, ROWS, lay_out
+from experiments.lay_out import lay_out
+from experiments.real import CONDITIONS, ROWS
 from heads import linear_head
 from miniature.colours import palette
 from models import load_image_encoder
@@ -30,7 +31,8 @@ def roots(panda, tmp_path_factory):
     """Roots of one miniature PandaSet under two conditions."""
     out = tmp_path_factory.mktemp("conditions")
     for name in ("clear", "low_light"):
-        table = lay_out("pandaset64", panda, out / name)
+        table = open_one(panda, name="pandaset64")
+        lay_out(table, out / name)
         of_scenes = dict.fromkeys(table.scenes(), name)
         (out / name / "conditions.json").write_text(json.dumps(of_scenes))
     return [out / "clear", out / "low_light"]
@@ -280,12 +282,20 @@ def test_the_picture_of_numbers_is_black_and_white(coarse, tmp_path):
     ("nights --data pictures=PICTURES --encoders ENCODER --conditions day dusk",
      "--conditions dusk: --data PICTURES has day, night"),
     ("nights --data pictures=PICTURES --encoders ENCODER --pictures 0", "--pictures 0: must be"),
-    ("numbers --results NOWHERE", "in no such file is an image encoder of experiments/real.py")])
+    ("numbers --results NOWHERE", "NOWHERE: cannot be read, or is not what experiments/real.py"),
+    ("numbers --results EMPTY", "--results: has no row of an image encoder"),
+    ("numbers --out DATA/x.xyz", "x.xyz: ends in no kind of picture; give one of .eps"),
+    ("numbers --out LARGE/x.png", "LARGE/x.png: its folder cannot be made"),
+    ("nights --data pictures=FLAT --encoders ENCODER", "FLAT: states no conditions; put its")])
 def test_bad_input_is_one_line_and_exit_code_2(argv, part, data, folder, another, tmp_path, capsys):
     for word, value in (("DATA", data), ("PICTURES", folder), ("ENCODER", ENCODER),
-                        ("LARGE", another / "large.pth"), ("NOWHERE", tmp_path / "none.json")):
+                        ("LARGE", another / "large.pth"), ("NOWHERE", tmp_path / "none.json"),
+                        ("EMPTY", tmp_path / "empty.json"), ("FLAT", folder / "day")):
         argv, part = argv.replace(word, str(value)), part.replace(word, str(value))
-    command = [*argv.split(), "--out", str(tmp_path / "x.png")]
+    (tmp_path / "empty.json").write_text('{"frames": {}, "rows": {}}')
+    # The last --out counts
+    figure, *more = argv.split()
+    command = [figure, "--out", str(tmp_path / "x.png"), *more]
     assert part in fails_with_one_line(capsys, real_figures.main, command)
     assert not (tmp_path / "x.png").exists()
 

@@ -215,7 +215,7 @@ def test_numbers_of_other_frames_or_protocols_are_no_claim(dry, monkeypatch):
 
 
 def test_a_failed_command_stops_everything_and_is_not_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=2))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: 2))
     world = World(tmp_path, 5)
     with pytest.raises(SystemExit) as stop:
         world.run("stage1")
