@@ -212,8 +212,8 @@ def regime(kept, dark):
         clear, low = map(statistics.mean, found)
         parts.append(f"{100 * (1 - low / clear):.0f} % under {words}")
     clear, night = (PAPER["mIoU"][column][1][1] for column in ("clear", "low_light"))
-    return (f"Of its mIoU on clear pictures, `{dark}` costs `imagenet` {' and '.join(parts)}; night "
-            f"costs the paper's encoder {100 * (1 - night / clear):.0f} %.")
+    return (f"Of its mIoU on clear pictures, `{dark}` costs `imagenet` {' and '.join(parts)}; "
+            f"night costs the paper's encoder {100 * (1 - night / clear):.0f} %.")
 
 
 def page(measured, rows, conditions):

@@ -131,9 +131,9 @@ def test_what_low_light_costs_stands_beside_the_papers_night():
     rows = {"imagenet": of_seeds((40, 8), (42, 8))}
     for result, dark in zip(rows["imagenet"].values(), (30, 32)):
         result["seg-all"]["IoU"]["low_light"] = {"road": dark, "car": dark}
-    assert ("Of its mIoU on clear pictures, `low_light` costs `imagenet` 24 % under the probe for all "
-            "conditions and 24 % under the one trained on clear pictures; night costs the paper's "
-            "encoder 45 %.") in page(rows)
+    assert ("Of its mIoU on clear pictures, `low_light` costs `imagenet` 24 % under the probe for "
+            "all conditions and 24 % under the one trained on clear pictures; night costs the "
+            "paper's encoder 45 %.") in page(rows)
     assert "costs" not in page({"cd": of_seeds((50, 7))})
 
 
