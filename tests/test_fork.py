@@ -51,8 +51,7 @@ def change(path, diff):
 def project(tmp_path):
     """A copy of the project, to be changed."""
     copy = tmp_path / "project"
-    ignored = shutil.ignore_patterns(".git", ".gpu", "data", "runs", "tests", "docs", "__pycache__",
-                                     ".venv", "*.png")
+    ignored = shutil.ignore_patterns(".*", "data", "runs", "tests", "docs", "__pycache__", "*.png")
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 

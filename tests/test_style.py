@@ -1,4 +1,4 @@
-"""The house's style where it can be counted: width, length, arguments, tokens a line, comments."""
+"""The project's style where it can be counted: width, length, arguments, tokens a line, comments."""
 import ast
 import io
 import tokenize
