@@ -43,6 +43,9 @@ def test_verdicts_follow_the_rule():
         "does not hold", "holds", "does not hold"]
     # mean 2, standard error 2 / sqrt(3) = 1.15, twice of it is more than the mean
     assert reproduce.verdict([0.0, 2.0, 4.0], "mIoU") == "within noise"
+    # However wide the spread, two are the same only if their means are near
+    assert reproduce.verdict([0.0, 2.0, 4.0], "mIoU", says="the same") == "does not hold"
+    assert reproduce.verdict([-4.0, 0.0, 4.0], "mIoU", says="the same") == "holds"
     assert reproduce.verdict([1.0, 2.0, 3.0], "mIoU") == "holds"  # standard error 0.58
 
 
@@ -248,6 +251,9 @@ def test_a_paper_s_part_of_the_page_is_replaced_and_the_others_stay():
     assert new.count("## ") == 3 and new.index("| old |") < new.index("| second |")
     written = (ROOT / "results/miniature.md").read_text()
     assert reproduce.RULE in written and "| `night` | 1 |" in written
+    # What was written by hand there would be lost
+    begins = ("#", "|", "`python -m experiments.reproduce", "*claimed to", "*holds*", "Minutes of")
+    assert all(line.startswith(begins) for line in written.splitlines() if line)
 
 
 def test_a_table_of_one_claim(dry, tmp_path, capsys):
