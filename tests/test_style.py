@@ -1,4 +1,4 @@
-"""The project's style where it can be counted: width, length, arguments, tokens a line, comments."""
+"""The style where it can be counted: width, length, arguments, tokens a line, comments."""
 import ast
 import io
 import tokenize
