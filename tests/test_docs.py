@@ -147,7 +147,7 @@ def place(world, kitti, panda, tmp_path, monkeypatch):
     for picture in (world / "samples/CAM_FRONT").iterdir():
         depths = tmp_path / "data/depth/samples/CAM_FRONT" / f"{picture.stem}.npy"
         depths.parent.mkdir(parents=True, exist_ok=True)
-        np.save(depths, np.full((40, 80), 9.0))
+        np.save(depths, np.full((80, 160), 9.0))
     seed = tmp_path / "runs/miniature/seed-1"
     seed.mkdir(parents=True)
     for name, there in (("world", world), ("stage1", tmp_path / "runs/s1"),
