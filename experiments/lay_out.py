@@ -3,43 +3,17 @@
 Scans and labels that gzip has packed are stored unpacked in its format, as unpacking is much of an
 item's time.
 """
-import contextlib
-import fcntl
 import gzip
 import os
 from pathlib import Path
 
+from experiments.runs import writing
 from plumbing.atomic import read_json, write_json
-from plumbing.errors import InputError, say
+from plumbing.errors import InputError
 from readers.conditions import FILE
 from readers.pickles import unpacked
 
 NOTE = "frames.json"  # in the folder of the runs: which frames they are of
-
-
-@contextlib.contextmanager
-def alone(folder):
-    """A `with` block that one process at a time is in, for a folder; another one waits."""
-    with _writing(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = Path(folder, ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{folder}: another process writes there; this one waits for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _writing(folder):
-    """A `with` block whose OSErrors become an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written ({error}); make room, or choose "
-                         "another --out, then repeat the command") from None
 
 
 def check_same(frames, out):
@@ -65,7 +39,7 @@ def lay_out(table, out):
                          "choose a folder outside")
     packed = {path.decode() for name in ("scan", "labels") if name in table
               for path in table[name] if path.endswith(b".gz")}
-    with _writing(out.parent):
+    with writing(out.parent):
         for path in files_below(root):
             name = path.relative_to(root)
             copy = out / name

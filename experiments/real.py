@@ -19,7 +19,7 @@ from typing import NamedTuple
 from demo import ROOT
 from experiments import runs
 from experiments.copies import COPY
-from experiments.lay_out import alone, check_same, lay_out
+from experiments.lay_out import check_same, lay_out
 from experiments.real_table import kept_in, page
 from plumbing.arguments import SEED, Distinct, Parser
 from plumbing.atomic import write_json, write_text
@@ -263,7 +263,7 @@ def main(argv=None):
     results = (args.results or f"{args.out}/real").removesuffix(".json").removesuffix(".md")
     table, frames = frames_of(args)
     kept_in(results, frames)
-    with alone(args.out):
+    with runs.alone(args.out):
         places = places_of(args, table, frames)
 
     measured = False
@@ -276,7 +276,7 @@ def main(argv=None):
             result = street.result(name)
             measured = True
             # Another process may have written a row since
-            with alone(args.out):
+            with runs.alone(args.out):
                 kept = kept_in(results, frames)
                 kept["rows"].setdefault(name, {})[str(seed)] = result
                 write_json(f"{results}.json", kept)

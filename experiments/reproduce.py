@@ -10,28 +10,20 @@ were chosen on the world of seed 0. Each command is printed before it runs, so t
 hand. A command that has finished is not run again.
 """
 import os
+import re
 import statistics
 from pathlib import Path
 from shlex import quote
 
 from demo import PROBES, ROOT, STAGE1, STAGE2, mean_and_spread
 from experiments import s3pt_claims, scalr_claims
-from experiments.claims import Claim, Number, numbers_of
+from experiments.claims import FEW, RULE, Claim, Measured, Number, numbers_of, verdict
 from experiments.runs import Runs
 from plumbing.arguments import SEED, Distinct, Parser
 from plumbing.atomic import write_text
 from plumbing.errors import InputError, one_line_errors
+from plumbing.fingerprint import digest
 from results import not_comparable
-
-# In percent and metres: what a probe's own training can move (miniature/README.md)
-NOISE = {"mIoU": 0.5, "RMSE": 0.1}
-FEW = 3  # points of mIoU above a claim's floor, within which nothing is judged
-RULE = ("*holds*: the mean difference in the claimed direction is larger than the noise, which is "
-        "the larger of twice its standard error over the seeds and "
-        f"{NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE; "
-        "*does not hold*: it is that large in the other direction; else *within noise*. Where a "
-        "run is claimed to be *not worse*, within noise it holds. Where two are claimed to be *the "
-        f"same*, it holds up to {NOISE['mIoU']} % mIoU or {NOISE['RMSE']} m RMSE.")
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -253,23 +245,30 @@ class World(Runs):
         return s3pt_claims.judged(run, task)
 
 
-# ---- verdicts ------------------------------------------------------------------------------------
+    def piece(self, claim):
+        """What there is to keep of a claim; what it needs is run first."""
+        self.used.clear()
+        values = self.values(claim)
+        floor = self.number(claim.floor) if claim.floor else None
+        seconds = {name: self.done[name]["seconds"] for name in sorted(self.used)}
+        return {"recipe": recipe_of(claim), "values": values, "floor": floor, "seconds": seconds}
 
-def verdict(differences, metric, says="better"):
-    """The verdict of RULE on the differences better - worse, one for each seed."""
-    # A lower RMSE is a gain
-    gains = [-d if metric == "RMSE" else d for d in differences]
-    mean = statistics.mean(gains)
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
-    noise = max(2 * error, NOISE[metric])
-    if says == "the same":
-        return "holds" if abs(mean) <= NOISE[metric] else "does not hold"
-    if mean > noise:
-        return "holds"
-    if mean < -noise:
-        return "does not hold"
-    return "holds" if says == "not worse" else "within noise"
 
+def recipe_of(claim):
+    """A hash of all that a claim's numbers are made by: the commands, and the encoder as it was."""
+    sides = [claim.better, claim.worse, *filter(None, [claim.floor])]
+    parts = [repr(sides), CORRUPTED]
+    numbers = [number for side in sides for number in numbers_of(side)]
+    waiting = [f"{TASKS[number.task]} {{{number.run}}}" for number in numbers]
+    waiting += [s3pt_claims.ELSEWHERE.get(number.task, "") for number in numbers]
+    while waiting:
+        parts.append(waiting.pop())
+        named = re.findall(r"{([^{}]+)}", parts[-1])
+        waiting += sorted({COMMANDS[name] for name in named if name in COMMANDS} - {*parts})
+    return digest([Path(ROOT, ENCODER).read_bytes(), *(part.encode() for part in parts)])
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 def row(claim, values, floors=()):
     """The table's row for a claim, its [(better, worse)] over the seeds, and its floor in each."""
@@ -324,6 +323,9 @@ def main(argv=None):
     add("--runs", default="runs/miniature", help="folder of the runs (default: %(default)s)")
     add("--out", help="file of the tables (default: results/miniature.md for all claims of a "
         "paper, whose part of it is replaced, else nothing is written)")
+    add("--numbers", metavar="FILE",
+        help="a .json of what was measured: what it has of a claim and a seed is not measured "
+        "again, and the rest is added (default: nothing is kept)")
     add("--list", action="store_true", help="print the claims and stop")
     args = parser.parse_args(argv)
     if args.list:
@@ -353,22 +355,28 @@ def main(argv=None):
 
 def found(paper, names, worlds, args):
     """The section of a paper's claims `names`, whose runs are made first."""
-    rows = []
-    for world in worlds:
-        world.used.clear()
+    measured = Measured(args.numbers)
+    rows, seconds = [], {}
     for name in names:
-        claim = CLAIMS[name]
-        floors = [world.number(claim.floor) for world in worlds if claim.floor]
-        rows.append(row(claim, [world.values(claim) for world in worlds], floors))
+        claim, pieces = CLAIMS[name], []
+        for world in worlds:
+            piece = measured.piece(name, world.seed, recipe_of(claim))
+            if piece is None:
+                piece = world.piece(claim)
+                measured.keep(name, world.seed, piece)
+            pieces.append(piece)
+            seconds |= {(run, world.seed): each for run, each in piece["seconds"].items()}
+        floors = [piece["floor"] for piece in pieces if claim.floor]
+        rows.append(row(claim, [piece["values"] for piece in pieces], floors))
         print(f"\n{rows[-1]}", flush=True)
     command = "python -m experiments.reproduce"
     command += f" --claim {' '.join(names)}" if args.claim else f" --paper {paper}"
     command += f" --seeds {' '.join(map(str, args.seeds))}"
-    seconds = sum(world.done[name]["seconds"] for world in worlds for name in world.used)
-    text = section(paper, rows, command, args.seeds, seconds)
-    trained = [run for run in s3pt_claims.TRAININGS if all(run in world.used for world in worlds)]
+    text = section(paper, rows, command, args.seeds, sum(seconds.values()))
+    trained = [run for run in s3pt_claims.TRAININGS
+               if all((run, seed) in seconds for seed in args.seeds)]
     if trained:
-        minutes = [statistics.mean(world.done[run]["seconds"] for world in worlds) / 60
+        minutes = [statistics.mean(seconds[run, seed] for seed in args.seeds) / 60
                    for run in trained]
         text += "\nMinutes of a training of 1,495 steps: " + ", ".join(
             f"`{run}` {number:.0f}" for run, number in zip(trained, minutes)) + ".\n"

@@ -1,4 +1,6 @@
 """Commands that need each other's folders, each run once: for experiments that are many runs."""
+import contextlib
+import fcntl
 import shlex
 import time
 from pathlib import Path
@@ -8,6 +10,31 @@ from demo import run as run_command
 from plumbing.atomic import read_json, write_json
 from plumbing.errors import InputError, say
 from plumbing.fingerprint import digest
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """A `with` block that one process at a time is in, for a folder; another one waits."""
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = Path(folder, ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{folder}: another process writes there; this one waits for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """A `with` block whose OSErrors become an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error}); make room, or choose "
+                         "another --out, then repeat the command") from None
 
 
 class Runs:

@@ -267,6 +267,47 @@ def test_a_table_of_one_claim(dry, tmp_path, capsys):
         reproduce.main(["--claim", "nihgt"])
 
 
+def test_what_a_file_of_numbers_has_is_not_measured_again(dry, tmp_path, monkeypatch, capsys):
+    """Seed by seed and claim by claim, in folders of runs that are gone."""
+    _, commands = dry
+    numbers = tmp_path / "numbers.json"
+
+    def rows(*argv, runs):
+        reproduce.main([*argv, "--runs", str(tmp_path / runs), "--numbers", str(numbers)])
+        out = capsys.readouterr().out
+        return [line for line in out.splitlines() if line.startswith("| `")][-1], len(commands)
+    first, _ = rows("--claim", "night", "--seeds", "1", runs="a")
+    again, count = rows("--claim", "night", "--seeds", "1", runs="b")
+    assert first == again and not (tmp_path / "b").exists()
+    both, more = rows("--claim", "night", "--seeds", "1", "2", runs="c")
+    assert "±" in both and more > count and not (tmp_path / "c/seed-1").exists()
+    assert rows("--claim", "night", "--seeds", "2", "1", runs="d") == (both, more)
+    assert {name: list(seeds) for name, seeds in json.loads(numbers.read_text()).items()} == {
+        "night": ["1", "2"]}
+    assert rows("--claim", "full", "--seeds", "1", runs="e")[1] > more
+
+    # By other commands it would be another number: of a run far away, of the probe, of a world
+    for recipes, name in ((COMMANDS, "world"), (TASKS, "seg"), (COMMANDS, "stage1")):
+        before = len(commands)
+        monkeypatch.setitem(recipes, name, recipes[name] + " --more")
+        assert rows("--claim", "night", "--seeds", "1", runs="f")[1] > before
+    numbers.write_text("[1]")
+    with pytest.raises(SystemExit):
+        reproduce.main(["--claim", "night", "--numbers", str(numbers)])
+    assert f"--numbers {numbers}: damaged, or of something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_s_recipe_has_all_that_it_runs(dry, name, monkeypatch):
+    world, commands = dry
+    before = reproduce.recipe_of(CLAIMS[name])
+    both_numbers(world, CLAIMS[name])
+    for run in {Path(out_of(command)).name for command in commands} & set(COMMANDS):
+        monkeypatch.setitem(COMMANDS, run, COMMANDS[run] + " ")
+        assert reproduce.recipe_of(CLAIMS[name]) != before, run
+        monkeypatch.undo()
+
+
 def test_minutes_stand_beside_trainings_of_other_lengths(dry, tmp_path, monkeypatch):
     clock = itertools.count(step=60)
     monkeypatch.setattr(runs.time, "time", lambda: next(clock))
