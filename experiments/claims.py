@@ -91,8 +91,9 @@ def verdict(differences, metric, says="better"):
 class Measured:
     """The numbers of claims that were measured, in a JSON file, so that pieces add up.
 
-    path: of the file; None: nothing is kept. In it, {claim: {seed: piece}}. A piece is a dict whose
-    "recipe" says what it was made by; one of another recipe than now counts as none.
+    path: of the file; None: nothing is kept. In it, {claim: {seed: piece}}, where a piece is
+    {"recipe", "values": [better, worse], "floor", "seconds": {run: its seconds}}. One of another
+    recipe than now counts as none.
     """
 
     def __init__(self, path):

@@ -233,7 +233,6 @@ class World(Runs):
         written = self.read(f"{name}-{kind}")
         return written[0] if clean else written[0]["results"][number.corruption]
 
-
     def judged(self, name, task):
         """The result of a run of s3pt/segmenter.py, on its own data or on another dataset's."""
         run = self.folder / name
@@ -244,9 +243,8 @@ class World(Runs):
                       name, "cities")
         return s3pt_claims.judged(run, task)
 
-
     def piece(self, claim):
-        """What there is to keep of a claim; what it needs is run first."""
+        """What there is to keep of a claim, see `Measured`; what it needs is run first."""
         self.used.clear()
         values = self.values(claim)
         floor = self.number(claim.floor) if claim.floor else None
