@@ -71,7 +71,7 @@ COMMANDS = {
     "joint": _first("-m experiments.ablations joint", "--steps 216 --lr-2d 1e-3", "{seen}", "all"),
     "clear-only": _second("stage1", data="{clean}"),
     "twin": _second("stage1", "-m experiments.clean_twin"),
-    "rich-cd": _second("rich-1"),
+    "rich-cd": f"{_second('rich-1')} --lr 3e-3",  # the last flag counts
 }
 
 
