@@ -103,6 +103,7 @@ def figure_street(views, encoders, heads, titles):
     by_depth = dict(cmap="turbo_r", norm=colors.LogNorm(2, DEPTHS[1]))
     lines = max(2, len(encoders))
     figure, axes = grid(lines * len(views), 4, size[0] / size[1], subplot_kw=NO_TICKS)
+    figure.set_figheight(figure.get_figheight() + 0.25 * len(axes))  # titles have two lines
     blocks = axes.reshape(len(views), lines, 4)
     present = set()
     for block, (item, table) in zip(blocks, views):
@@ -117,13 +118,14 @@ def figure_street(views, encoders, heads, titles):
             scores = head(features.flatten(1).T).T.unflatten(1, features.shape[1:])[None]
             miou = judge("seg", scores, item, size, table)
             predicted = class_map(head, features, size)
-            show(block[line, 1], colour, f"features {title}")
-            show(block[line, 2], predicted, f"classes {title}, {miou}", **by_class)
+            show(block[line, 1], colour, f"features\n{title}")
+            show(block[line, 2], predicted, f"classes, {miou}\n{title}", **by_class)
             present.update(np.unique(predicted).tolist())
 
     # The depths' scale stands where a block has no panel
     for axis in axes.flat:
         axis.axis("on" if axis.images else "off")
+        axis.title.set_fontsize("small")
     bar = figure.colorbar(dots, cax=blocks[0, 1, 3].inset_axes((0.05, 0.6, 0.9, 0.12)),
                           orientation="horizontal", label="depth [m]",
                           ticks=(2, 5, 10, 20, 40, 80), format="%d")

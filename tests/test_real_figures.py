@@ -146,8 +146,8 @@ def test_the_street_s_panels(street, views):
             assert drawn.cmap(drawn.norm(ROAD)) == of_classes(ROAD)
             there = item["labels"][known].numpy()
             miou = 100 * (there == ROAD).mean() / len(np.unique(there))
-            assert axis.get_title() == f"classes {title}, mIoU {miou:.1f} %"
-        assert before.get_title() == "features before" and after.get_title() == "features after"
+            assert axis.get_title() == f"classes, mIoU {miou:.1f} %\n{title}"
+        assert before.get_title() == "features\nbefore" and after.get_title() == "features\nafter"
         assert before.images[0].get_array().shape == (10, 20, 3)
 
     names = texts(street.legends[0])
