@@ -73,7 +73,7 @@ def test_everything_is_made_once_and_before_it_is_needed(everything):
 
 
 def test_only_the_probes_see_the_last_condition_and_the_trainings_are_alike(everything):
-    """Stage 2 and its rivals have the same steps, batch and rate. The richer feature has its own."""
+    """Stage 2 and its rivals have the same steps, batch and, on the same feature, rate."""
     _, commands = everything
     seen = ["runs/clean", *(f"copies/{name}" for name in SEEN)]
     found = {}
