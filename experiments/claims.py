@@ -105,7 +105,11 @@ class Measured:
         if not self.path or not self.path.exists():
             return {}
         kept = read_json(self.path)
-        if not isinstance(kept, dict) or not all(isinstance(each, dict) for each in kept.values()):
+        try:
+            known = all(piece["recipe"] for seeds in kept.values() for piece in seeds.values())
+        except (AttributeError, KeyError, TypeError):
+            known = False
+        if not known:
             raise InputError(f"--numbers {self.path}: damaged, or of something else; mend it, or "
                              "choose another name")
         return kept

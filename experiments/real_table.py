@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from demo import mean_and_spread
-from experiments.reproduce import RULE, verdict
+from experiments.claims import RULE, verdict
 from plumbing.atomic import read_json
 from plumbing.errors import InputError
 

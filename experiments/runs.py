@@ -34,7 +34,7 @@ def writing(folder):
         yield
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error}); make room, or choose "
-                         "another --out, then repeat the command") from None
+                         "another folder, then repeat the command") from None
 
 
 class Runs:

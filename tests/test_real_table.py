@@ -3,7 +3,7 @@ import json
 
 from conftest import ROOT
 
-from experiments import real_table, reproduce
+from experiments import claims, real_table
 from experiments.real import CONDITIONS, ROWS
 
 COLUMNS = ("full", *CONDITIONS)
@@ -37,7 +37,7 @@ def test_what_it_cannot_show_stands_above_the_first_table():
     assert text.startswith("# Real frames\n")
     assert text.index("**What this cannot show.** 80 frames of pandaset64's scenes 002 teach "
                       "and 70 of\n902 judge.") < text.index("\n|")
-    assert text.count(reproduce.RULE) == 1
+    assert text.count(claims.RULE) == 1
 
 
 def test_a_page_without_results_says_not_run_in_every_cell():

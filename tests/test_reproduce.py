@@ -291,10 +291,14 @@ def test_what_a_file_of_numbers_has_is_not_measured_again(dry, tmp_path, monkeyp
         before = len(commands)
         monkeypatch.setitem(recipes, name, recipes[name] + " --more")
         assert rows("--claim", "night", "--seeds", "1", runs="f")[1] > before
-    numbers.write_text("[1]")
-    with pytest.raises(SystemExit):
-        reproduce.main(["--claim", "night", "--numbers", str(numbers)])
-    assert f"--numbers {numbers}: damaged, or of something else" in capsys.readouterr().err
+
+    # Another experiment's file, say, is not written into
+    for other in ("[1]", '{"night": 1}', (ROOT / "results/real.json").read_text()):
+        numbers.write_text(other)
+        with pytest.raises(SystemExit):
+            rows("--claim", "night", runs="g")
+        assert f"--numbers {numbers}: damaged, or of something else" in capsys.readouterr().err
+        assert numbers.read_text() == other
 
 
 @pytest.mark.parametrize("name", CLAIMS)
