@@ -42,6 +42,7 @@ from data import Frames, collate, set_sampling
 from experiments.workloads import item_cases, step_cases, waffleiron_cases
 from plumbing import training
 from plumbing.arguments import COUNT, Distinct, Parser, whole
+from plumbing.atomic import write_text
 from plumbing.errors import one_line_errors
 from readers import files
 from readers.table import open_tables
@@ -392,8 +393,7 @@ def main(argv=None):
     text = "\n\n".join(parts)
     print(text)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(text + "\n")
+        write_text(args.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ MALLOC_MMAP_THRESHOLD_=65536 in the environment.
 import sys
 import time
 from copy import deepcopy
-from pathlib import Path
 from typing import Callable, NamedTuple
 from unittest import mock
 
@@ -30,6 +29,7 @@ from experiments.bench import difference, hardware, peak_bytes
 from experiments.bench_scalr import CPU, in_turns, made, markdown
 from plumbing import training
 from plumbing.arguments import COUNT, Distinct, Parser
+from plumbing.atomic import write_text
 from plumbing.errors import one_line_errors
 from readers.files import decoded
 from s3pt import crops, settings
@@ -354,8 +354,7 @@ def main(argv=None):
     text = "\n\n".join(parts)
     print(text)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(text + "\n")
+        write_text(args.out, text + "\n")
 
 
 if __name__ == "__main__":

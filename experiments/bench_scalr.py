@@ -32,6 +32,7 @@ from distill import distillation_loss, sums_by
 from experiments.bench import FEW, hardware, peak_bytes, repeat
 from plumbing import training
 from plumbing.arguments import COUNT, Parser
+from plumbing.atomic import write_text
 from plumbing.errors import one_line_errors
 from readers import pickles
 from readers.cache import with_damage
@@ -392,8 +393,7 @@ def main(argv=None):
     text = "\n\n".join(parts)
     print(text)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(text + "\n")
+        write_text(args.out, text + "\n")
 
 
 if __name__ == "__main__":
