@@ -17,7 +17,7 @@ import probe
 import stage1
 import stage2
 from experiments import corruptions, reproduce, runs, s3pt_claims, scalr_claims
-from experiments.claims import OCCURRING
+from experiments.claims import OCCURRING, Measured
 from experiments.reproduce import (CLAIMS, COMMANDS, TASKS, WORLDS, Claim,
                                    Number, World)
 from plumbing.errors import InputError
@@ -254,6 +254,17 @@ def test_a_paper_s_part_of_the_page_is_replaced_and_the_others_stay():
     # What was written by hand there would be lost
     begins = ("#", "|", "`python -m experiments.reproduce", "*claimed to", "*holds*", "Minutes of")
     assert all(line.startswith(begins) for line in written.splitlines() if line)
+
+
+def test_the_page_s_rows_are_of_the_numbers_that_are_kept():
+    page = (ROOT / "results/miniature.md").read_text()
+    kept = Measured(ROOT / "results/miniature.json").kept()
+    assert set(kept) == {claim.name for claim in s3pt_claims.CLAIMS}
+    for name, seeds in kept.items():
+        assert list(seeds) == ["1", "2", "3"]
+        floors = [piece["floor"] for piece in seeds.values() if CLAIMS[name].floor]
+        values = [piece["values"] for piece in seeds.values()]
+        assert f"\n{reproduce.row(CLAIMS[name], values, floors)}\n" in page
 
 
 def test_a_table_of_one_claim(dry, tmp_path, capsys):
